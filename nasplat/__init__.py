@@ -1,0 +1,1 @@
+"""nasplat: neural architecture search with measured hardware cost."""

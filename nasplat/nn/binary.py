@@ -1,0 +1,216 @@
+"""Binary convolution: signs of activations and weights, and a learned scale per output channel.
+
+Weights and activations are binarised as in XNOR-Net++ (arXiv:1909.13863), which BATS (arXiv:2003.01711, section 3)
+builds on: ``y = conv(sign(x), sign(W)) * scale``, with no scale derived from the weights and none from the input.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class _StraightThroughSign(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return _two_valued(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        (x,) = ctx.saved_tensors
+        # In one pass: the gradient, and zero wherever x is not strictly between -1 and 1.
+        return torch.ops.aten.hardtanh_backward(grads[0], x, -1.0, 1.0)
+
+
+def _two_valued(x: Tensor) -> Tensor:
+    return torch.where(x >= 0, 1.0, -1.0).to(x.dtype)
+
+
+def sign(x: Tensor) -> Tensor:
+    """Sign with just two values: +1 where ``x >= 0`` (zero included), -1 elsewhere.
+
+    ``torch.sign`` has a third value at zero, which one bit cannot hold. The gradient passes straight through and is
+    zero where ``|x| >= 1`` (Hubara et al. 2016, equation 4).
+
+    Args:
+        x: Any shape, floating point.
+
+    Returns:
+        Same shape and dtype as ``x``.
+    """
+    # Exporters trace plain operators, not autograd functions.
+    if torch.compiler.is_exporting() or not (torch.is_grad_enabled() and x.requires_grad):
+        return _two_valued(x)
+    y: Tensor = _StraightThroughSign.apply(x)  # type: ignore[no-untyped-call]
+    return y
+
+
+class BinaryConv2d(nn.Conv2d):
+    """Convolution of signs, times a learned scale: ``conv(sign(x), sign(W)) * scale``.
+
+    The scale comes after the convolution, so that the convolution itself is a sum of +-1 and exact in integers. Padding
+    is with zeros, put in after the sign. There is no bias: the normalisation before the sign has one, and there it is
+    a learned threshold.
+
+    Attributes:
+        weight: Latent real weights, shape ``(out_channels, in_channels / groups, k, k)``.
+        scale: Shape ``(out_channels,)``, ones at first.
+        binary_activations: Whether the input is replaced by its sign. Plain attribute, can be switched at any time.
+        binary_weights: Whether the weights are replaced by their signs. Likewise.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int,
+        *,
+        stride: int = 1,
+        padding: int = 0,
+        dilation: int = 1,
+        groups: int = 1,
+        binary_activations: bool = True,
+        binary_weights: bool = True,
+    ) -> None:
+        super().__init__(
+            in_channels,
+            out_channels,
+            kernel_size,
+            stride=stride,
+            padding=padding,
+            dilation=dilation,
+            groups=groups,
+            bias=False,
+        )
+        self.scale = nn.Parameter(torch.ones(out_channels))
+        self.binary_activations = binary_activations
+        self.binary_weights = binary_weights
+
+    @property
+    def is_binary(self) -> bool:
+        """Whether it multiplies bits by bits, at present: both operands are binarised."""
+        return self.binary_activations and self.binary_weights
+
+    def forward(self, input: Tensor) -> Tensor:
+        """From ``(n, in_channels, h, w)`` to ``(n, out_channels, h', w')``."""
+        x = sign(input) if self.binary_activations else input
+        weight = sign(self.weight) if self.binary_weights else self.weight
+        return self._conv_forward(x, weight, None) * self.scale.view(-1, 1, 1)
+
+    def extra_repr(self) -> str:
+        """What ``print`` shows: the convolution's parameters and what is binary."""
+        return (
+            f"{super().extra_repr()}, binary_activations={self.binary_activations}, "
+            f"binary_weights={self.binary_weights}"
+        )
+
+
+def set_binarisation(model: nn.Module, *, weights: bool | None = None, activations: bool | None = None) -> None:
+    """Switch what is binary in every :class:`BinaryConv2d` of a model, in place.
+
+    The recipe of two steps (arXiv:2003.11535, section 4.1) trains with ``weights=False`` first, then with
+    ``weights=True`` from the weights of the first step.
+
+    Args:
+        model: Any module; without binary layers nothing happens.
+        weights: The new ``binary_weights``; None leaves it.
+        activations: The new ``binary_activations``; None leaves it.
+    """
+    for layer in model.modules():
+        if isinstance(layer, BinaryConv2d):
+            if weights is not None:
+                layer.binary_weights = weights
+            if activations is not None:
+                layer.binary_activations = activations
+
+
+class BinaryBlock(nn.Module):
+    """BatchNorm, sign, convolution, scale, PReLU, then the input added: the order of arXiv:2003.11535, section 4.1.
+
+    The shortcut keeps a real-valued path through the network. It exists where the block keeps the shape: stride 1 and
+    as many channels out as in.
+
+    Args:
+        in_channels: Channels of the input.
+        out_channels: Channels of the output.
+        kernel_size: Odd side of the kernel; padding keeps the size at stride 1.
+        stride: 1 or 2.
+        dilation: Distance between the taps, in pixels.
+        groups: Groups of the convolution.
+        shuffle: Groups of a channel shuffle after the activation; 1 is none.
+        affine: Whether the BatchNorm has a learned scale and bias.
+        binary_weights: See :class:`BinaryConv2d`.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int,
+        *,
+        stride: int = 1,
+        dilation: int = 1,
+        groups: int = 1,
+        shuffle: int = 1,
+        affine: bool = True,
+        binary_weights: bool = True,
+    ) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm2d(in_channels, affine=affine)
+        self.conv = BinaryConv2d(
+            in_channels,
+            out_channels,
+            kernel_size,
+            stride=stride,
+            padding=dilation * (kernel_size - 1) // 2,
+            dilation=dilation,
+            groups=groups,
+            binary_weights=binary_weights,
+        )
+        self.activation = nn.PReLU(out_channels)
+        self.shuffle = nn.ChannelShuffle(shuffle) if shuffle > 1 else nn.Identity()
+        self.shortcut = stride == 1 and in_channels == out_channels
+
+    def forward(self, x: Tensor) -> Tensor:
+        """From ``(n, in_channels, h, w)`` to ``(n, out_channels, ceil(h / stride), ceil(w / stride))``."""
+        y: Tensor = self.shuffle(self.activation(self.conv(self.norm(x))))
+        return y + x if self.shortcut else y
+
+
+class BinaryFactorisedReduce(nn.Module):
+    """Halves height and width with two binary 1x1 convolutions of stride 2, and sees every other pixel twice over.
+
+    One convolution reads the even pixels, the other the odd ones (the input shifted by one), and each makes half of
+    the channels (DARTS, arXiv:1806.09055, reference code; binary as in BATS, arXiv:2003.01711). Of an odd height or
+    width, the shifted half has one row or column less, and gets a zero there: zero padding after the sign.
+
+    Args:
+        in_channels: Channels of the input.
+        out_channels: Channels of the output, at least 2.
+        affine: Whether the BatchNorm has a learned scale and bias.
+        binary_weights: See :class:`BinaryConv2d`.
+    """
+
+    def __init__(
+        self, in_channels: int, out_channels: int, *, affine: bool = True, binary_weights: bool = True
+    ) -> None:
+        super().__init__()
+        half = out_channels // 2
+        self.norm = nn.BatchNorm2d(in_channels, affine=affine)
+        self.conv_even = BinaryConv2d(in_channels, half, 1, stride=2, binary_weights=binary_weights)
+        self.conv_odd = BinaryConv2d(in_channels, out_channels - half, 1, stride=2, binary_weights=binary_weights)
+        self.activation = nn.PReLU(out_channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """From ``(n, in_channels, h, w)``, ``h, w >= 2``, to ``(n, out_channels, ceil(h / 2), ceil(w / 2))``."""
+        x = self.norm(x)
+        even = self.conv_even(x)
+        odd = self.conv_odd(x[:, :, 1:, 1:])
+        height, width = x.shape[2] % 2, x.shape[3] % 2
+        if height or width:
+            odd = nn.functional.pad(odd, (0, width, 0, height))
+        y: Tensor = self.activation(torch.cat([even, odd], dim=1))
+        return y

@@ -1,0 +1,458 @@
+"""The search space: it names its choices and builds a network for one option of each.
+
+A space owes two things, :attr:`SearchSpace.choices` and :meth:`SearchSpace.build`. Sampling, mutation, crossover,
+neighbours, encoding, counting and discretisation are given here once for every space.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import combinations
+from typing import Any, TypeAlias, cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from nasplat.architecture import Architecture
+from nasplat.errors import ArchitectureError, InvalidInputError, UnsupportedError
+from nasplat.identity import canonical, describe
+
+Option: TypeAlias = str | int | float | bool
+"""One option of a choice: a JSON scalar."""
+
+Relaxed: TypeAlias = Mapping[str, Tensor]
+"""Per choice a weight per option, shape ``(options,)``, in the order of the choice. One-hot is one architecture."""
+
+MAX_DRAWS = 10_000
+"""Draws after which a space whose ``is_valid`` refuses everything is reported instead of searched for ever."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """Choices of which just ``pick`` are on: the two strongest of a node's incoming edges, for instance.
+
+    Attributes:
+        names: The choices that belong together.
+        pick: How many of them have an option other than ``off``.
+        off: The option that means "not used". Every choice of the group offers it.
+    """
+
+    names: tuple[str, ...]
+    pick: int
+    off: Option
+
+
+class Supernet(nn.Module, ABC):
+    """One network that holds every option of every choice, with shared weights."""
+
+    @abstractmethod
+    def forward(self, x: Tensor, relaxed: Relaxed) -> Tensor:
+        """Logits ``(n, classes)`` for a batch ``(n, ...)``.
+
+        Options are mixed with the weights of ``relaxed``, and an option of weight exactly 0 is not computed.
+        """
+
+
+class SearchSpace(ABC):
+    """A set of architectures. Subclass as a frozen dataclass of plain parameters.
+
+    Example::
+
+        @dataclass(frozen=True)
+        class Mlp(SearchSpace):
+            classes: int = 10
+
+            @property
+            def choices(self):
+                return {"width": (16, 32, 64), "activation": ("relu", "gelu")}
+
+            def build(self, architecture):
+                genes = architecture.genes
+                activation = {"relu": nn.ReLU, "gelu": nn.GELU}[genes["activation"]]()
+                return nn.Sequential(nn.Flatten(), nn.LazyLinear(genes["width"]), activation,
+                                     nn.Linear(genes["width"], self.classes))
+    """
+
+    # What a space owes.
+
+    @property
+    @abstractmethod
+    def choices(self) -> Mapping[str, Sequence[Option]]:
+        """The options of each choice, in an order that never changes.
+
+        Names keep to letters, digits and ``_ - . /`` so that they can be MLflow keys.
+        """
+
+    @abstractmethod
+    def build(self, architecture: Architecture) -> nn.Module:
+        """A fresh network of one architecture, weights initialised from torch's global generator.
+
+        It takes a batch ``(n, ...)`` and returns logits ``(n, classes)``.
+        """
+
+    # What a space may override.
+
+    @property
+    def groups(self) -> Mapping[str, Group]:
+        """Groups of choices of which only some are on. Default: none."""
+        return {}
+
+    def is_valid(self, genes: Mapping[str, Option]) -> bool:
+        """Whether genes that name legal options, and keep the groups' rule, make a network. Default: always."""
+        return True
+
+    def temperatures(self) -> Mapping[str, float]:
+        """Softmax temperature per choice that suits a relaxed search of this space; 1 where not named. Default: 1."""
+        return {}
+
+    def supernet(self, keep: Mapping[str, Sequence[Option]] | None = None, partial: int = 1) -> Supernet:
+        """A network that holds the options of every choice.
+
+        Args:
+            keep: Options still alive, per choice; None keeps all. Weights of dropped options are not made.
+            partial: Share of channels that go through a mixture, as 1/partial (PC-DARTS); 1 is all of them.
+
+        Raises:
+            UnsupportedError: The space has no supernet (the default), or not with these arguments.
+        """
+        raise UnsupportedError(
+            f"{self.name} has no supernet, so it cannot be searched by an explorer such as DARTS; "
+            "a strategy that evaluates candidates one by one (random search, evolution, Optuna) can"
+        )
+
+    def inherit(
+        self, model: nn.Module, source: Architecture | None, state: Mapping[str, Tensor]
+    ) -> nn.Module:
+        """Load weights of another architecture, or of the supernet, into a built network, in place.
+
+        Args:
+            model: The network of :meth:`build`.
+            source: The architecture that the weights belong to; None for the supernet.
+            state: Its tensors by name.
+
+        Raises:
+            InvalidInputError: A tensor of the model is missing in ``state`` or has another shape. Default rule:
+                names and shapes are equal; what ``state`` has besides is left alone.
+        """
+        own = model.state_dict()
+        wrong = [
+            f"{name} {tuple(tensor.shape)}: "
+            + (f"has {tuple(state[name].shape)}" if name in state else "missing")
+            for name, tensor in own.items()
+            if name not in state or state[name].shape != tensor.shape
+        ]
+        if wrong:
+            raise InvalidInputError(
+                f"{self.name} cannot inherit {len(wrong)} of {len(own)} tensors; first: {'; '.join(wrong[:3])}"
+            )
+        model.load_state_dict({name: state[name] for name in own})
+        return model
+
+    # Given once, for every space.
+
+    @property
+    def name(self) -> str:
+        """The name by which tables and messages know the space."""
+        return type(self).__name__
+
+    @cached_property
+    def identity(self) -> str:
+        """Name and canonical parameters: equal for equal spaces in every process."""
+        description = describe(self)
+        return self.name + canonical(description.get("fields", description))
+
+    def describe(self) -> Any:
+        """The space's JSON description (``nasplat.identity``)."""
+        if not dataclasses.is_dataclass(self):
+            raise InvalidInputError(
+                f"{self.name} is not a dataclass: decorate it with @dataclass(frozen=True), "
+                "so that its parameters tell one space from another"
+            )
+        fields = {f.name: describe(getattr(self, f.name)) for f in dataclasses.fields(self) if f.compare}
+        return {"type": f"{type(self).__module__}:{type(self).__qualname__}", "fields": fields}
+
+    @cached_property
+    def _choices(self) -> dict[str, tuple[Option, ...]]:
+        choices = {name: tuple(options) for name, options in self.choices.items()}
+        for name, options in choices.items():
+            if not options or len(set(options)) != len(options):
+                raise InvalidInputError(f"choice {name!r} of {self.name} needs different options, got {options}")
+        return choices
+
+    @cached_property
+    def _groups(self) -> tuple[Group, ...]:
+        groups = tuple(self.groups.values())
+        seen: set[str] = set()
+        for group in groups:
+            for name in group.names:
+                if name not in self._choices or group.off not in self._choices[name] or name in seen:
+                    raise InvalidInputError(
+                        f"group of {self.name}: {name!r} must be a choice that offers {group.off!r} and be in one group"
+                    )
+                seen.add(name)
+            if not 0 < group.pick <= len(group.names):
+                raise InvalidInputError(f"group of {self.name}: pick {group.pick} of {len(group.names)} choices")
+        return groups
+
+    @cached_property
+    def _free(self) -> tuple[str, ...]:
+        grouped = {name for group in self._groups for name in group.names}
+        return tuple(name for name in self._choices if name not in grouped)
+
+    def _on_options(self, name: str, group: Group) -> list[Option]:
+        return [option for option in self._choices[name] if option != group.off]
+
+    def architecture(self, genes: Mapping[str, Any]) -> Architecture:
+        """The architecture of these genes, checked.
+
+        Raises:
+            ArchitectureError: A choice is missing or unknown, an option is not offered, a group's rule is broken,
+                or ``is_valid`` refuses. The message names the choice and lists what is legal.
+        """
+        choices = self._choices
+        unknown = [name for name in genes if name not in choices]
+        missing = [name for name in choices if name not in genes]
+        if unknown or missing:
+            raise ArchitectureError(
+                f"{self.name} has the choices {', '.join(choices)}; "
+                + (f"unknown: {', '.join(map(str, unknown))}; " if unknown else "")
+                + (f"missing: {', '.join(missing)}" if missing else "")
+            )
+        exact: dict[str, Option] = {}
+        for name, options in choices.items():
+            gene = genes[name]
+            legal = next((o for o in options if o == gene and type(o) is type(gene)), None)
+            if legal is None:
+                raise ArchitectureError(
+                    f"{self.name}: {name} is {gene!r}; legal: {', '.join(map(repr, options))}"
+                )
+            exact[name] = legal
+        for group in self._groups:
+            on = [name for name in group.names if exact[name] != group.off]
+            if len(on) != group.pick:
+                raise ArchitectureError(
+                    f"{self.name}: just {group.pick} of {', '.join(group.names)} may differ from {group.off!r}; "
+                    f"got {len(on)}: {', '.join(on) or 'none'}"
+                )
+        if not self.is_valid(exact):
+            raise ArchitectureError(f"{self.name}: is_valid refuses the genes {exact}")
+        return Architecture(self.identity, exact)
+
+    def owns(self, architecture: Architecture) -> bool:
+        """Whether the architecture was made by an equal space."""
+        return architecture.space == self.identity
+
+    def size(self) -> int:
+        """Number of architectures (an upper bound where ``is_valid`` refuses some)."""
+        total = math.prod(len(self._choices[name]) for name in self._free)
+        for group in self._groups:
+            counts = [len(self._on_options(name, group)) for name in group.names]
+            # Elementary symmetric polynomial: sum over the picked subsets of the product of their counts.
+            ways = [1] + [0] * group.pick
+            for count in counts:
+                for picked in range(group.pick, 0, -1):
+                    ways[picked] += ways[picked - 1] * count
+            total *= ways[group.pick]
+        return total
+
+    def _valid(self, draw: Callable[[], dict[str, Option]], what: str) -> Architecture:
+        for _ in range(MAX_DRAWS):
+            genes = draw()
+            if self.is_valid(genes):
+                return Architecture(self.identity, genes)
+        raise InvalidInputError(f"{self.name}: is_valid refused {MAX_DRAWS} draws of {what}; is it too strict?")
+
+    def sample(self, rng: np.random.Generator) -> Architecture:
+        """An architecture drawn evenly over the picks and options (rejecting what ``is_valid`` refuses)."""
+
+        def draw() -> dict[str, Option]:
+            genes = {name: _pick(rng, options) for name, options in self._choices.items()}
+            for group in self._groups:
+                on = set(rng.choice(len(group.names), size=group.pick, replace=False).tolist())
+                for index, name in enumerate(group.names):
+                    genes[name] = _pick(rng, self._on_options(name, group)) if index in on else group.off
+            return genes
+
+        return self._valid(draw, "a sample")
+
+    def _moves(self, genes: Mapping[str, Option]) -> Iterator[tuple[str, list[dict[str, Option]]]]:
+        """What one mutation can change: per free choice or used member of a group, the changes it allows."""
+        for name in self._free:
+            others = [{name: option} for option in self._choices[name] if option != genes[name]]
+            if others:
+                yield name, others
+        for group in self._groups:
+            off = [name for name in group.names if genes[name] == group.off]
+            for name in group.names:
+                if genes[name] == group.off:
+                    continue
+                changes: list[dict[str, Option]] = [
+                    {name: option} for option in self._on_options(name, group) if option != genes[name]
+                ]
+                changes += [
+                    {name: group.off, other: genes[name]} for other in off if genes[name] in self._choices[other]
+                ]
+                if changes:
+                    yield name, changes
+
+    def mutate(self, parent: Architecture, rng: np.random.Generator) -> Architecture:
+        """A neighbour of ``parent``: another option of one choice or, in a group, the same option at another member.
+
+        A choice is drawn first, then one of its changes, so that choices with many options are not favoured; in a
+        group, a change of option and a move each get half of the draws (Real et al. 2019: mutate an operation, or an
+        edge's input).
+
+        Raises:
+            InvalidInputError: ``parent`` has no valid neighbour.
+        """
+        genes = cast("Mapping[str, Option]", parent.genes)
+        moves = [changes for _, changes in self._moves(genes)]
+        if not moves:
+            raise InvalidInputError(f"{self.name}: every choice has one option, so nothing can be mutated")
+
+        def draw() -> dict[str, Option]:
+            changes = moves[int(rng.integers(len(moves)))]
+            kinds = [kind for n in (1, 2) if (kind := [change for change in changes if len(change) == n])]
+            kind = kinds[int(rng.integers(len(kinds)))]
+            return {**genes, **kind[int(rng.integers(len(kind)))]}
+
+        return self._valid(draw, "a mutation")
+
+    def neighbours(self, architecture: Architecture) -> list[Architecture]:
+        """Every valid architecture that one mutation reaches, in a fixed order."""
+        genes = cast("Mapping[str, Option]", architecture.genes)
+        made = ({**genes, **change} for _, changes in self._moves(genes) for change in changes)
+        return [Architecture(self.identity, child) for child in made if self.is_valid(child)]
+
+    def crossover(self, a: Architecture, b: Architecture, rng: np.random.Generator) -> Architecture:
+        """A child that takes each free choice, and each group as a whole, from one of two parents (uniform)."""
+
+        def draw() -> dict[str, Option]:
+            genes = {name: (a if rng.random() < 0.5 else b).genes[name] for name in self._choices}
+            for group in self._groups:
+                donor = a if rng.random() < 0.5 else b
+                genes.update({name: donor.genes[name] for name in group.names})
+            return genes
+
+        return self._valid(draw, "a crossover")
+
+    def encode(self, architecture: Architecture) -> np.ndarray[Any, np.dtype[np.float32]]:
+        """One-hot per choice, concatenated: shape ``(sum of the numbers of options,)``, float32."""
+        return np.concatenate(
+            [
+                np.array([option == architecture.genes[name] for option in options], dtype=np.float32)
+                for name, options in self._choices.items()
+            ]
+        )
+
+    def discretise(self, relaxed: Relaxed) -> Architecture:
+        """The strongest architecture of a relaxed one.
+
+        A free choice takes its strongest option. In a group each member stands for its strongest option other than
+        ``off``; the ``pick`` strongest members keep theirs (DARTS: the two strongest edges of a node, by their best
+        operation other than zero). Ties go to the first.
+
+        Raises:
+            ArchitectureError: ``is_valid`` refuses the result.
+        """
+        missing = [name for name in self._choices if name not in relaxed]
+        if missing:
+            raise ArchitectureError(f"{self.name}: no weights for {', '.join(missing)}")
+        genes: dict[str, Option] = {}
+        for name in self._free:
+            genes[name] = self._choices[name][int(torch.argmax(relaxed[name]))]
+        for group in self._groups:
+            best: list[tuple[float, int, str, Option]] = []
+            for index, name in enumerate(group.names):
+                weights = dict(zip(self._choices[name], relaxed[name].tolist(), strict=True))
+                option = max(self._on_options(name, group), key=weights.__getitem__)
+                best.append((-weights[option], index, name, option))
+                genes[name] = group.off
+            for _, _, name, option in sorted(best)[: group.pick]:
+                genes[name] = option
+        return self.architecture(genes)
+
+    def relax(self, architecture: Architecture) -> dict[str, Tensor]:
+        """The one-hot weights of one architecture: per choice shape ``(options,)``, float32."""
+        return {
+            name: torch.tensor([float(option == architecture.genes[name]) for option in options])
+            for name, options in self._choices.items()
+        }
+
+    def enumerate(self) -> Iterator[Architecture]:
+        """Every architecture once, in a fixed order. For spaces small enough to count."""
+
+        def parts() -> Iterator[list[dict[str, Option]]]:
+            for name in self._free:
+                yield [{name: option} for option in self._choices[name]]
+            for group in self._groups:
+                ways: list[dict[str, Option]] = []
+                for on in combinations(group.names, group.pick):
+                    partial: list[dict[str, Option]] = [dict.fromkeys(group.names, group.off)]
+                    for name in on:
+                        options = self._on_options(name, group)
+                        partial = [{**genes, name: option} for genes in partial for option in options]
+                    ways += partial
+                yield ways
+
+        def product(rest: list[list[dict[str, Option]]]) -> Iterator[dict[str, Option]]:
+            if not rest:
+                yield {}
+                return
+            for head in rest[0]:
+                for tail in product(rest[1:]):
+                    yield {**head, **tail}
+
+        for genes in product(list(parts())):
+            ordered = {name: genes[name] for name in self._choices}
+            if self.is_valid(ordered):
+                yield Architecture(self.identity, ordered)
+
+
+def _pick(rng: np.random.Generator, options: Sequence[Option]) -> Option:
+    return options[int(rng.integers(len(options)))]
+
+
+@dataclass(frozen=True)
+class FunctionSpace(SearchSpace):
+    """A space made of a function and a dictionary of choices: ``space_from(build, choices)``.
+
+    Attributes:
+        function: Takes the genes as a plain dictionary and returns the network.
+        options: The options of each choice.
+    """
+
+    function: Callable[[dict[str, Any]], nn.Module]
+    options: Mapping[str, Sequence[Option]] = field(hash=False)
+
+    @property
+    def name(self) -> str:
+        """The function's name."""
+        return getattr(self.function, "__name__", type(self.function).__name__)
+
+    @property
+    def choices(self) -> Mapping[str, Sequence[Option]]:
+        """The options of each choice, as given."""
+        return self.options
+
+    def build(self, architecture: Architecture) -> nn.Module:
+        """Call the function with the genes."""
+        return self.function(dict(architecture.genes))
+
+
+def space_from(
+    build: Callable[[dict[str, Any]], nn.Module], choices: Mapping[str, Sequence[Option]]
+) -> SearchSpace:
+    """A search space of a function and its choices.
+
+    Args:
+        build: Takes the genes (one option per choice) as a dictionary and returns a network.
+        choices: The options of each choice, in an order that never changes.
+    """
+    return FunctionSpace(build, {name: tuple(options) for name, options in choices.items()})
