@@ -6,10 +6,10 @@ the history back, parallel search sees the running trials in it, and nothing nee
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias, runtime_checkable
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 
@@ -72,6 +72,18 @@ class Explore:
 
 
 Proposal: TypeAlias = Evaluate | Explore
+
+
+class Report(NamedTuple):
+    """What a running trial says after an epoch.
+
+    Attributes:
+        step: The epoch, counted from 1.
+        metrics: By name, the unit in the name.
+    """
+
+    step: int
+    metrics: Mapping[str, float]
 
 
 @dataclass(frozen=True)
@@ -213,15 +225,19 @@ class History:
             self._numbers.setdefault(trial.architecture.id, []).append(trial.number)
         self.revision += 1
 
-    def report(self, number: int, metrics: Mapping[str, float]) -> None:
-        """Book one epoch of a running trial. Called by the search alone."""
-        trial = self._of_running(number)
-        self._trials[number] = replace(trial, reports=(*trial.reports, MappingProxyType(dict(metrics))))
-        self.revision += 1
+    def report(self, number: int, report: Report) -> None:
+        """Book one epoch of a running trial. Called by the search alone.
 
-    def restart(self, number: int) -> None:
-        """Forget the epochs of a running trial that begins again. Called by the search alone."""
-        self._trials[number] = replace(self._of_running(number), reports=())
+        A trial that begins again after a kill reports its steps again: what it had reported from there on is dropped.
+        """
+        trial = self._of_running(number)
+        if not 1 <= report.step <= len(trial.reports) + 1:
+            raise InvalidInputError(
+                f"trial {number} reports step {report.step}; steps count from 1 without gaps, "
+                f"and it has reported {len(trial.reports)}"
+            )
+        reports = (*trial.reports[: report.step - 1], MappingProxyType(dict(report.metrics)))
+        self._trials[number] = replace(trial, reports=reports)
         self.revision += 1
 
     def finish(self, number: int, **outcome: Any) -> Trial:
@@ -285,10 +301,6 @@ class Context(Protocol):
     device: torch.device
     seed: int
 
-    def report(self, metrics: Mapping[str, float], step: int) -> bool:
-        """Report one epoch (``step`` counts from 1). False asks the explorer to end and return what it has."""
-        ...
-
     def step(self) -> AbstractContextManager[None]:
         """Wraps each optimisation step: waits while a measurement runs, and raises when the time limit is past."""
         ...
@@ -308,8 +320,16 @@ class Explorer(Protocol):
 
     def explore(
         self, space: SearchSpace, task: Task, rng: np.random.Generator, context: Context
-    ) -> Sequence[Architecture]:
-        """Search the space and return what was found, best first, at least one.
+    ) -> Generator[Report, bool, Sequence[Architecture]]:
+        """A generator: yields a report an epoch and returns what was found, best first, at least one.
+
+        What ``yield`` gives back says whether to go on; at False the explorer returns what it has::
+
+            for epoch in range(1, self.epochs + 1):
+                ...
+                if not (yield Report(epoch, {"train_loss": loss})):
+                    break
+            return [space.discretise(relaxed)]
 
         Args:
             space: Must have a supernet, else its ``UnsupportedError`` goes through.

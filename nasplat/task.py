@@ -99,6 +99,7 @@ class Task:
             split; ``{"f1": f}`` is recorded as ``val_f1``.
         function: Replaces building and training altogether (``from_function``).
         provides: Names of the metrics that ``function`` returns, where known beforehand.
+        given_example: One input ``(1, ...)`` for meters beside a function.
     """
 
     name: str
@@ -108,6 +109,7 @@ class Task:
     metrics: Mapping[str, Callable[[Tensor, Tensor], float]] = field(default_factory=dict, hash=False)
     function: Evaluation | None = None
     provides: tuple[str, ...] = ()
+    given_example: Tensor | None = field(default=None, compare=False, repr=False)
 
     @classmethod
     def fashion_mnist(cls, epochs: int = 3, size: int | None = None, limit: int | None = None, **recipe: Any) -> Task:
@@ -209,7 +211,14 @@ class Task:
         return cls(name, LoaderData(name, train, validation, test), Recipe(**recipe), loss, metrics or {})
 
     @classmethod
-    def from_function(cls, evaluate: Evaluation, *, name: str | None = None, metrics: Iterable[str] = ()) -> Task:
+    def from_function(
+        cls,
+        evaluate: Evaluation,
+        *,
+        name: str | None = None,
+        metrics: Iterable[str] = (),
+        example: Tensor | None = None,
+    ) -> Task:
         """Training code, or a table of results, of the user's own.
 
         Args:
@@ -217,11 +226,12 @@ class Task:
                 measured beside it unless the study names a meter.
             name: In tables and records; the function's name where None.
             metrics: Names it returns. Where given, an objective that is not among them is refused before the start.
+            example: One input ``(1, ...)`` for the meters, where the study names any.
         """
         if not callable(evaluate):
             raise InvalidInputError(f"evaluate must be callable, got {evaluate!r}")
         label = name or str(getattr(evaluate, "__name__", type(evaluate).__name__))
-        return cls(label, function=evaluate, provides=tuple(metrics))
+        return cls(label, function=evaluate, provides=tuple(metrics), given_example=example)
 
     def __post_init__(self) -> None:
         if (self.data is None) == (self.function is None):
@@ -238,7 +248,17 @@ class Task:
         return self.data.load()
 
     def example(self) -> Tensor:
-        """One input of the training data: ``(1, ...)``, float32."""
+        """One input: ``(1, ...)``, float32.
+
+        Raises:
+            InvalidInputError: The task is a function and was given no example.
+        """
+        if self.given_example is not None:
+            return self.given_example
+        if self.data is None:
+            raise InvalidInputError(
+                f"a meter needs an input to measure with: Task.from_function({self.name}, ..., example=tensor)"
+            )
         return self.load().train.first(1)
 
     def compute_loss(self, outputs: Tensor, targets: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -33,7 +33,7 @@ OPERATIONS = (
     "dil_gconv_3x3",
     "dil_gconv_5x5",
 )
-"""What an edge can be (arXiv:2003.01711, section 4.1). ``zero`` is an edge that is not there."""
+"""What an edge can be (arXiv:2003.01711). ``zero`` is an edge that is not there."""
 
 KINDS = ("normal", "reduction")
 """The two cells that are searched."""
@@ -63,8 +63,8 @@ PAPER_GENES: Mapping[str, str] = MappingProxyType(
 )
 """The published cells, read from the paper's figure. Edges that are not named are ``zero``."""
 
-Mixture = Mapping[str, Sequence[tuple[str, Tensor | None]]]
-"""Per edge the operations to compute, each with its weight (a scalar), or None for a plain sum."""
+Mixture: TypeAlias = Mapping[str, Sequence[tuple[str, Tensor]]]
+"""Per edge the operations to compute, each with its weight, a scalar."""
 
 
 @dataclass(frozen=True)
@@ -187,7 +187,7 @@ class Bats(SearchSpace):
         return self.architecture({name: PAPER_GENES.get(name, "zero") for name in self.choices})
 
     def temperatures(self) -> Mapping[str, float]:
-        """The temperature that the paper divides each choice's logits by before the softmax (section 4.2).
+        """The temperature that the paper divides each choice's logits by before the softmax.
 
         Below 1, so that a mixture is close to one operation: 0.2 in the normal cell, 0.15 in the reduction cell. It
         belongs to a search, not to an architecture, so an explorer applies it, and may take another.
@@ -254,7 +254,7 @@ class Bats(SearchSpace):
                 f"{prefix}.{name}"
                 for prefix, module in model.named_modules()
                 for name, _ in module.named_parameters(recurse=False)
-                if isinstance(module, nn.BatchNorm2d) or prefix.startswith("auxiliary_head.")
+                if isinstance(module, nn.BatchNorm2d)
             } | {name for name in own if name.startswith("auxiliary_head.")}
             state = {**{name: own[name] for name in lacking}, **state}
         return super().inherit(model, source, state)
@@ -380,9 +380,7 @@ class _Trunk(nn.Module):
             kind = "reduction" if index in reductions else "normal"
             channels *= 2 if kind == "reduction" else 1
             self.cells.append(
-                _Cell(
-                    space, operations, inputs, channels, kind=kind, after_reduction=after_reduction, search=search
-                )
+                _Cell(space, operations, inputs, channels, kind=kind, after_reduction=after_reduction, search=search)
             )
             inputs, after_reduction = (inputs[1], len(NODES) * channels), kind == "reduction"
             if len(reductions) == 2 and index == reductions[1]:
@@ -431,7 +429,7 @@ class _BatsNetwork(_Trunk):
     """A built network: each edge holds its own operation, edges that are off hold nothing."""
 
     auxiliary_weight = 0.4
-    """Weight of the auxiliary classifier's loss (arXiv:2003.01711, section 5)."""
+    """Weight of the auxiliary classifier's loss (arXiv:2003.01711)."""
 
     def __init__(self, space: Bats, operations: Mapping[str, Sequence[Any]]) -> None:
         super().__init__(space, operations, search=False)
@@ -450,8 +448,40 @@ class _BatsNetwork(_Trunk):
         return {**self.__dict__, "auxiliary": ()}
 
 
-class _BatsSupernet(Supernet):
+class _BatsSupernet(_Trunk, Supernet):
     """Every operation of every edge."""
 
-    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
-        return super().__new__(cls)
+    def __init__(self, space: Bats, operations: Mapping[str, Sequence[Any]]) -> None:
+        super().__init__(space, operations, search=True)
+        self.operations = operations
+
+    def forward(self, x: Tensor, relaxed: Relaxed) -> Tensor:
+        """Logits ``(n, classes)``; see :class:`nasplat.space.Supernet`.
+
+        Args:
+            x: Images ``(n, in_channels, h, w)``.
+            relaxed: Per edge a weight per operation, shape ``(8,)``.
+
+        Raises:
+            InvalidInputError: A dropped operation has a weight other than 0, or an edge has no weights.
+        """
+        return self.classify(list(self.outputs(x, self._mixture(relaxed)))[-1])
+
+    def _mixture(self, relaxed: Relaxed) -> Mixture:
+        missing = [name for name in self.operations if name not in relaxed]
+        if missing:
+            raise InvalidInputError(f"Bats: relaxed lacks weights for {', '.join(missing)}")
+        weights = {name: relaxed[name] for name in self.operations}
+        # One copy to the host for all edges, to see which weights are exactly zero.
+        values = torch.stack([weight.detach() for weight in weights.values()]).tolist()
+        mixture: dict[str, list[tuple[str, Tensor]]] = {}
+        for (name, weight), row in zip(weights.items(), values, strict=True):
+            used = [index for index, value in enumerate(row) if value != 0.0]
+            mixture[name] = [(OPERATIONS[index], weight[index]) for index in used]
+            dropped = [option for option, _ in mixture[name] if option not in self.operations[name]]
+            if dropped:
+                raise InvalidInputError(
+                    f"Bats: {name} gives weight to {', '.join(dropped)}; "
+                    f"this supernet keeps {', '.join(self.operations[name])}"
+                )
+        return mixture

@@ -1,0 +1,57 @@
+"""What measures a cost: the protocol, and what a measurement holds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol, runtime_checkable
+
+from torch import Tensor, nn
+
+from nasplat.cost.bench import Bench
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What one meter found out about one network.
+
+    Attributes:
+        values: Finite numbers by metric name, the unit in the name (``latency_ms``, ``model_bytes``).
+        samples: Single readings by metric name, in the unit of the metric, where there were several.
+        facts: What describes the measurement, JSON values: runtime and version, threads, processor.
+    """
+
+    values: Mapping[str, float]
+    samples: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+
+@runtime_checkable
+class CostMeter(Protocol):
+    """Measures a built network. A frozen dataclass of plain parameters.
+
+    Attributes:
+        metrics: Names of the values that it gives.
+        trained: Whether it needs trained weights. One that does not is asked before training, so that a candidate
+            that breaks a hard limit never costs an epoch.
+    """
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """Names of the values that it gives."""
+        ...
+
+    @property
+    def trained(self) -> bool:
+        """Whether it needs trained weights."""
+        ...
+
+    def measure(self, model: nn.Module, example: Tensor, bench: Bench) -> Measurement:
+        """Measure, and leave the model as it was.
+
+        Args:
+            model: The built network, never a path through a supernet.
+            example: One input ``(1, ...)`` on the model's device.
+            bench: Where measuring is exclusive: time in ``with bench.measuring():``.
+        """
+        ...

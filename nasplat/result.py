@@ -1,0 +1,274 @@
+"""What a search found: tables, the front, the best network and its export."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from nasplat import journal
+from nasplat.architecture import Architecture
+from nasplat.errors import FolderError, UnsupportedError
+from nasplat.identity import restore
+from nasplat.objectives import Constraint, Objective
+from nasplat.plugins import restorable
+from nasplat.search import Search
+from nasplat.space import Option, SearchSpace
+from nasplat.strategy import Evaluate, History, Trial
+from nasplat.task import Task
+from nasplat.train import evaluate
+from nasplat.worker import trial_folder
+
+if TYPE_CHECKING:
+    from nasplat.export import ExportReport
+
+VERIFY_WITH = 256
+"""Real inputs that an exported network is compared on."""
+
+
+class RecordedSpace(SearchSpace):
+    """Stands for a space that only the script that made the study has: reads its architectures, builds none."""
+
+    def __init__(self, recorded: str) -> None:
+        self.recorded = recorded
+
+    @property
+    def identity(self) -> str:  # type: ignore[override]
+        """The identity that the folder recorded."""
+        return self.recorded
+
+    @property
+    def choices(self) -> Mapping[str, Sequence[Option]]:
+        """None are known."""
+        return {}
+
+    def architecture(self, genes: Mapping[str, Any]) -> Architecture:
+        """The architecture of recorded genes."""
+        return Architecture(self.recorded, genes)
+
+    def build(self, architecture: Architecture) -> nn.Module:
+        """Refused."""
+        raise UnsupportedError(
+            f"the space {self.recorded} lives in the script that made the study: pass it, nasplat.load(folder, space=...)"
+        )
+
+
+class Candidate:
+    """One evaluated architecture of a study, ready to rebuild and export."""
+
+    def __init__(self, result: Result, trial: Trial) -> None:
+        assert trial.architecture is not None
+        self.architecture: Architecture = trial.architecture
+        self.trial = trial
+        self.metrics: Mapping[str, float] = trial.metrics
+        self._result = result
+
+    def __repr__(self) -> str:
+        shown = {objective.metric: self.metrics[objective.metric] for objective in self._result.history.objectives}
+        return f"<trial {self.trial.number}, architecture {self.architecture.id}, {shown}>"
+
+    @property
+    def _folder(self) -> Path:
+        number = self.trial.number if self.trial.copy_of is None else self.trial.copy_of
+        return trial_folder(self._result.folder, number)
+
+    def model(self) -> nn.Module:
+        """The trained network, on the CPU, in evaluation mode.
+
+        Raises:
+            UnsupportedError: The study's task trains nothing, its weights were not kept, or its space is not known.
+        """
+        path = self._folder / "weights.safetensors"
+        if not path.exists():
+            raise UnsupportedError(
+                f"trial {self.trial.number} has no weights: "
+                + (
+                    "the study's task is a function, which trains nothing here. architecture.to_json() is the result"
+                    if self._result.task is not None and self._result.task.function is not None
+                    else "weights are kept for the front; Study(keep_weights='all') keeps them for every trial"
+                )
+            )
+        model = self._result.space.build(self.architecture)
+        state = load_file(path)
+        if any(nn.parameter.is_lazy(parameter) for parameter in model.parameters()):
+            with torch.no_grad():
+                model.eval()(self._task().example())
+        model.load_state_dict(state)
+        return model.eval()
+
+    def _task(self) -> Task:
+        if self._result.task is None:
+            raise UnsupportedError(
+                "the study's task lives in the script that made it: pass it, nasplat.load(folder, task=...)"
+            )
+        return self._result.task
+
+    def test(self) -> dict[str, float]:
+        """Metrics on the test split, computed once and kept beside the weights; empty where the task has none."""
+        kept = self._folder / "test.json"
+        if kept.exists():
+            return dict(json.loads(kept.read_text()))
+        source = self._task().load().test
+        if source is None:
+            return {}
+        scores = evaluate(self.model(), self._task(), source, "test", torch.device("cpu"), nullcontext)
+        kept.write_text(json.dumps(scores))
+        return scores
+
+    def export(self, folder: str | Path) -> ExportReport:
+        """Write the network in every format, load each again and compare it on real validation inputs.
+
+        The folder gets ``architecture.json``, ``weights.safetensors``, ``model.pt2``, ``model.onnx`` and
+        ``report.json`` with the comparison and the test metrics.
+
+        Raises:
+            ExportError: A file, loaded again, does not compute what the model computes.
+            FolderError: The folder holds something else.
+            UnsupportedError: There are no weights (see :meth:`model`).
+        """
+        from nasplat.export import export
+
+        model = self.model()
+        inputs = self._task().load().validation.first(VERIFY_WITH)
+        metrics = {**self.metrics, **self.test()}
+        return export(self._result.space, self.architecture, model, inputs, Path(folder), metrics=metrics)
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a study found so far.
+
+    Attributes:
+        folder: The study's.
+        space: The space, or a stand-in that reads its architectures only.
+        task: The task; None where only the script that made the study has it.
+        history: Every trial.
+        over: Why the search ended; "" where it has not, or is not known to have.
+    """
+
+    folder: Path
+    space: SearchSpace
+    task: Task | None
+    history: History
+    over: str = ""
+
+    @property
+    def trials(self) -> Sequence[Trial]:
+        """Every trial, by number."""
+        return self.history.trials
+
+    @property
+    def best(self) -> Candidate:
+        """The candidate on the front with the best first objective.
+
+        Raises:
+            UnsupportedError: No candidate was evaluated in full within the limits.
+        """
+        trial = self.history.best()
+        if trial is None:
+            states = pd.Series([trial.state for trial in self.trials], dtype=object).value_counts().to_dict()
+            raise UnsupportedError(
+                f"no candidate of {self.folder} was evaluated in full and keeps the limits; trials by state: {states}"
+            )
+        return Candidate(self, trial)
+
+    def candidate(self, number: int) -> Candidate:
+        """The candidate of one trial.
+
+        Raises:
+            UnsupportedError: There is no such trial, or it is no evaluation of an architecture.
+        """
+        if not 0 <= number < len(self.trials) or self.trials[number].architecture is None:
+            raise UnsupportedError(f"trial {number} is no evaluated architecture; there are {len(self.trials)} trials")
+        return Candidate(self, self.trials[number])
+
+    def table(self) -> pd.DataFrame:
+        """One row a trial: state, metrics, genes, and what went wrong. Indexed by trial number."""
+        return self._rows(self.trials)
+
+    def front(self) -> pd.DataFrame:
+        """The rows of :meth:`table` that no other feasible full evaluation dominates, best first objective first."""
+        return self._rows(self.history.front())
+
+    def _rows(self, trials: Sequence[Trial]) -> pd.DataFrame:
+        rows = []
+        for trial in trials:
+            proposal = trial.proposal
+            row: dict[str, Any] = {
+                "trial": trial.number,
+                "kind": "evaluate" if isinstance(proposal, Evaluate) else "explore",
+                "state": trial.state,
+                "feasible": trial.state == "complete" and self.history.violation(trial) == 0.0,
+                "budget": proposal.budget if isinstance(proposal, Evaluate) else float("nan"),
+                "copy_of": trial.copy_of,
+                "reason": trial.reason,
+                "seconds": None if trial.finished is None else trial.finished - trial.started,
+            }
+            if isinstance(proposal, Evaluate):
+                row["architecture"] = proposal.architecture.id
+                row |= proposal.architecture.genes
+            rows.append(row | dict(trial.metrics))
+        columns = ["kind", "state", "feasible", "budget", "copy_of", "reason", "seconds"]
+        if not rows:
+            return pd.DataFrame(columns=columns, index=pd.Index([], name="trial"))
+        return pd.DataFrame(rows).set_index("trial").astype({"copy_of": "Int64"})
+
+
+def load(
+    folder: str | Path,
+    *,
+    space: SearchSpace | None = None,
+    task: Task | None = None,
+) -> Result:
+    """Read a finished or running study.
+
+    Args:
+        folder: The study's folder.
+        space: Its space, where that is not part of an installed plug-in and networks are to be rebuilt.
+        task: Its task, likewise.
+
+    Raises:
+        FolderError: There is no study in the folder, or the space is another one.
+    """
+    path = Path(folder)
+    events, _ = journal.read(path)
+    if not events:
+        raise FolderError(f"no study in {path}: it has no {journal.FILE}")
+    header, sessions = events[0], [event for event in events if event["event"] == "session"]
+    space = space or restored(header["space"], default=lambda: RecordedSpace(header["space_identity"]))
+    if space.identity != header["space_identity"]:
+        raise FolderError(f"{path} searched {header['space_identity']}; got the space {space.identity}")
+    task = task or restored(header["task"], default=lambda: None)
+    wanted = sessions[-1] if sessions else header
+    history = History(
+        space,
+        [Objective(**objective) for objective in wanted["objectives"]],
+        [Constraint(**constraint) for constraint in wanted["constraints"]],
+    )
+    Search(_Reader(), history, header["seed"]).replay(events, to_go_on=False)
+    ends = [event["over"] for event in events if event["event"] == "end"]
+    over = ends[-1] if ends and events[-1]["event"] == "end" else ""
+    return Result(path, space, task, history, over)
+
+
+class _Reader:
+    """A strategy for reading only: it is never asked."""
+
+    def propose(self, history: History, rng: Any) -> None:
+        return None
+
+
+def restored(description: Any, default: Callable[[], Any]) -> Any:
+    """The object of a description, or a default where only the user's script has it."""
+    try:
+        return restore(description, restorable())
+    except UnsupportedError:
+        return default()

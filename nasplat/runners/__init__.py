@@ -1,0 +1,1 @@
+"""Where trials run: in this process (``local``), or on Ray Tune (``ray_tune``, imported only when asked for)."""

@@ -1,0 +1,583 @@
+"""The user's call: a study joins a space, a strategy and a task in a folder, and runs."""
+
+from __future__ import annotations
+
+import dataclasses
+import shlex
+import sys
+import time
+import uuid
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from nasplat import journal
+from nasplat.architecture import Architecture
+from nasplat.cost.counter import Count
+from nasplat.cost.latency import Latency
+from nasplat.cost.meter import CostMeter
+from nasplat.errors import (
+    FolderError,
+    FolderMismatchError,
+    InvalidInputError,
+    NasplatWarning,
+    SearchInterrupted,
+    UnknownMetricError,
+)
+from nasplat.identity import canonical, describe, source_hash
+from nasplat.journal import Journal
+from nasplat.objectives import Constraint, Objective
+from nasplat.progress import Display, Silent, Terminal
+from nasplat.result import Result, load, restored
+from nasplat.runners import local
+from nasplat.search import Event, Limits, Search
+from nasplat.space import SearchSpace
+from nasplat.strategy import Evaluate, History, Strategy, Trial
+from nasplat.task import Task
+from nasplat.tracking import Backlog, StudyRecord, Tracker
+from nasplat.train import place
+from nasplat.worker import Worker, trial_folder
+
+ALWAYS_KNOWN = ("train_seconds", "measure_seconds")
+"""Metrics that every trial may have, whatever the task and the meters."""
+
+ON_DEMAND: tuple[CostMeter, ...] = (Latency(),)
+"""Meters that join a study when an objective or a constraint names one of their metrics."""
+
+
+class Study:
+    """A search of one space by one strategy on one task, in one folder.
+
+    Example::
+
+        study = Study(space=Bats.small(), strategy=RegularizedEvolution(population=10),
+                      task=Task.fashion_mnist(epochs=3, size=16),
+                      objectives=[maximise("val_accuracy"), minimise("latency_ms")],
+                      constraints=[at_most("params", 1e6)], seed=0, folder="runs/first")
+        result = study.run(max_trials=40, workers=2)
+
+    The same call with the same folder continues the study. A folder of another space, strategy, task or seed is
+    refused; objectives, constraints and meters may change where every past trial has the metric.
+    """
+
+    def __init__(
+        self,
+        space: SearchSpace,
+        strategy: Strategy,
+        task: Task,
+        objectives: Sequence[Objective],
+        constraints: Sequence[Constraint] = (),
+        *,
+        seed: int = 0,
+        folder: str | Path,
+        meters: Sequence[CostMeter] = (),
+        tracker: Tracker | Literal["mlflow"] | None = "mlflow",
+        device: str = "cpu",
+        threads: int = 1,
+        time_limit_s: float | None = None,
+        keep_weights: Literal["front", "all"] = "front",
+        retrain_duplicates: bool = False,
+        progress: bool = True,
+    ) -> None:
+        """Check everything that can be checked before work starts. Nothing is written yet.
+
+        Args:
+            space: What is searched.
+            strategy: What proposes.
+            task: What candidates are judged on.
+            objectives: At least one; the first names the best.
+            constraints: Hard limits on any metric.
+            seed: Of everything random, at least 0.
+            folder: Holds the journal and the weights. On a cluster: a path that every node reaches.
+            meters: Measured beside parameters, operations and model bytes, which always are. Latency joins by itself
+                where an objective or a constraint names it.
+            tracker: ``"mlflow"`` (``MLFLOW_TRACKING_URI``, else a SQLite file beside the folder), a tracker, or None.
+            device: Where to train and measure: ``cpu``, ``cuda``, ``cuda:1``.
+            threads: Threads of torch for each trial.
+            time_limit_s: Seconds a trial may take; past it, it has failed.
+            keep_weights: Of the front (and of what may go on), or of all trials.
+            retrain_duplicates: Evaluate an architecture again, instead of copying its result.
+            progress: Show live progress on stderr.
+
+        Raises:
+            InvalidInputError: An argument is outside what is legal.
+            UnknownMetricError: An objective or a constraint names a metric that nothing provides.
+            FolderMismatchError: The folder holds another study.
+        """
+        for name, value, kind in (("space", space, SearchSpace), ("strategy", strategy, Strategy), ("task", task, Task)):
+            if not isinstance(value, kind) or isinstance(value, type):
+                hint = f" (the class; make one: {value.__name__}())" if isinstance(value, type) else ""
+                raise InvalidInputError(f"{name} is {value!r}{hint}; a {kind.__name__} is needed")
+        if not objectives or not all(isinstance(objective, Objective) for objective in objectives):
+            raise InvalidInputError(
+                f"objectives is {objectives!r}; a list of at least one maximise('...') or minimise('...') is needed"
+            )
+        if len({objective.metric for objective in objectives}) < len(objectives):
+            raise InvalidInputError(f"two objectives name one metric: {', '.join(map(str, objectives))}")
+        if not all(isinstance(constraint, Constraint) for constraint in constraints):
+            raise InvalidInputError(f"constraints is {constraints!r}; at_most('...', x) or at_least('...', x) are needed")
+        if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
+            raise InvalidInputError(f"seed is {seed!r}; a whole number from 0 on is needed")
+        if threads < 1:
+            raise InvalidInputError(f"threads is {threads}; at least 1")
+        if time_limit_s is not None and not time_limit_s > 0:
+            raise InvalidInputError(f"time_limit_s is {time_limit_s}; positive seconds, or None for no limit")
+        if keep_weights not in ("front", "all"):
+            raise InvalidInputError(f"keep_weights is {keep_weights!r}; legal: 'front', 'all'")
+        if torch.device(device).type == "cuda" and not torch.cuda.is_available():
+            raise InvalidInputError(f"device is {device!r}, but torch finds no CUDA device; use device='cpu'")
+        self.space = space
+        self.strategy = strategy
+        self.task = task
+        self.objectives = tuple(objectives)
+        self.constraints = tuple(constraints)
+        self.seed = seed
+        self.folder = Path(folder)
+        self.device = device
+        self.threads = threads
+        self.time_limit_s = time_limit_s
+        self.keep_weights = keep_weights
+        self.retrain_duplicates = retrain_duplicates
+        self.progress = progress
+        self.tracker = tracker
+        self.meters = self._with_meters(tuple(meters))
+        self._check_folder()
+
+    # What is checked beforehand.
+
+    def _with_meters(self, given: tuple[CostMeter, ...]) -> tuple[CostMeter, ...]:
+        """The given meters, those that every network gets, and those that a named metric asks for."""
+        meters = list(given)
+        wanted = [named.metric for named in (*self.objectives, *self.constraints)]
+        if self.task.function is None:
+            known = {name for meter in meters for name in meter.metrics}
+            if not known.intersection(Count().metrics):
+                meters.insert(0, Count())
+            for meter in ON_DEMAND:
+                if known.isdisjoint(meter.metrics) and set(wanted).intersection(meter.metrics):
+                    meters.append(meter)
+        names = [name for meter in meters for name in meter.metrics]
+        twice = {name for name in names if names.count(name) > 1}
+        if twice:
+            raise InvalidInputError(f"two meters give {', '.join(sorted(twice))}")
+        task_names = self.task.metric_names
+        if task_names is not None:
+            known_names = [*task_names, *names, *ALWAYS_KNOWN]
+            for name in wanted:
+                if name not in known_names:
+                    more = [m for meter in ON_DEMAND for m in meter.metrics if m not in known_names]
+                    raise UnknownMetricError(
+                        f"nothing in this study provides {name!r}; there are: {', '.join(known_names)}"
+                        + (f"; and on demand: {', '.join(more)}" if more and self.task.function is None else "")
+                    )
+        return tuple(meters)
+
+    def _identity(self) -> dict[str, Any]:
+        return {
+            "space": describe(self.space),
+            "space_identity": self.space.identity,
+            "strategy": describe(self.strategy),
+            "task": describe(self.task),
+            "seed": self.seed,
+        }
+
+    def _wishes(self) -> dict[str, Any]:
+        return {
+            "objectives": [dataclasses.asdict(objective) for objective in self.objectives],
+            "constraints": [dataclasses.asdict(constraint) for constraint in self.constraints],
+            "meters": describe(self.meters),
+        }
+
+    def _check_folder(self) -> None:
+        """Refuse a folder that holds another study. Reads only."""
+        if self.folder.exists() and not self.folder.is_dir():
+            raise FolderError(f"{self.folder} is a file; the study needs a folder")
+        events, _ = journal.read(self.folder)
+        if not events:
+            return
+        header = events[0]
+        for part, own in self._identity().items():
+            if part == "space_identity" or canonical(header[part]) == canonical(own):
+                continue
+            raise FolderMismatchError(
+                f"{self.folder} holds a study with another {part}. There: {_brief(header[part])}. "
+                f"Here: {_brief(own)}. Use another folder, or the same {part}; nothing was changed"
+            )
+        for name, was in header.get("sources", {}).items():
+            now = self._sources().get(name)
+            if now is not None and now != was:
+                warnings.warn(
+                    f"the source of {name} changed since {self.folder} was made; past trials ran the old one",
+                    NasplatWarning,
+                    stacklevel=3,
+                )
+        result = load(self.folder, space=self.space, task=self.task)
+        for named in (*self.objectives, *self.constraints):
+            lacking = [
+                trial.number
+                for trial in result.trials
+                if trial.state == "complete" and isinstance(trial.proposal, Evaluate) and trial.proposal.budget > 0
+                and named.metric not in trial.metrics
+            ]  # fmt: skip
+            if lacking:
+                raise FolderMismatchError(
+                    f"{self.folder}: {len(lacking)} past trials (first: {lacking[0]}) have no {named.metric}, "
+                    "so it cannot become an objective or a constraint of this study; use another folder"
+                )
+
+    def _sources(self) -> dict[str, str]:
+        """Hashes of the source of what the user's own script gave: a change is worth a warning."""
+        given = [self.task.function, self.task.loss, *self.task.metrics.values(), getattr(self.space, "function", None)]
+        given += [type(part) for part in (self.space, self.strategy)]
+        found = {}
+        for value in given:
+            if value is None or getattr(value, "__module__", "").partition(".")[0] == "nasplat":
+                continue
+            digest = source_hash(value)
+            if digest is not None and hasattr(value, "__qualname__"):
+                found[f"{value.__module__}:{value.__qualname__}"] = digest
+        return found
+
+    def _check_build(self) -> None:
+        """Build one network and run it on one example, so that a space that does not fit the task says so at once."""
+        if self.task.function is not None:
+            return
+        example = self.task.example()
+        architecture = self.space.sample(np.random.default_rng(self.seed))
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            model = self.space.build(architecture).eval()
+            try:
+                outputs = model(place(example, torch.device("cpu")))
+            except Exception as error:
+                raise InvalidInputError(
+                    f"a network of {self.space!r} cannot take the inputs of the task {self.task.name}, "
+                    f"{tuple(example.shape)}: {error}"
+                ) from error
+        splits = self.task.load()
+        target = next(iter(splits.train.batches(2)))[1]
+        if outputs.ndim == 2 and target.ndim == 1 and not target.is_floating_point():
+            highest = max(int(y.max()) for _, y in splits.validation.batches(4096))
+            if highest >= outputs.shape[1]:
+                raise InvalidInputError(
+                    f"a network of {self.space!r} gives {outputs.shape[1]} logits; the task {self.task.name} has the "
+                    f"class {highest}: give the space at least {highest + 1} classes"
+                )
+
+    # Running.
+
+    def run(
+        self,
+        max_trials: int,
+        *,
+        max_hours: float | None = None,
+        max_proposals: int | None = None,
+        workers: int = 0,
+        cpus_per_trial: float = 1.0,
+        gpus_per_trial: float | None = None,
+    ) -> Result:
+        """Search until a limit is reached or the strategy has nothing more to propose.
+
+        Args:
+            max_trials: Trials over all runs of the study: run again with more to go on.
+            max_hours: Hours of searching over all runs of the study.
+            max_proposals: Candidates over all runs, those refused for a cheap cost and copies included; None is
+                ``10 * max_trials + 100``.
+            workers: Trials at a time, on Ray; 0 runs them one by one in this process.
+            cpus_per_trial: Processors that Ray sets aside for a trial; may be a fraction.
+            gpus_per_trial: GPUs, likewise; None is 1 on a CUDA device and 0 elsewhere.
+
+        Returns:
+            All trials of the study.
+
+        Raises:
+            SearchInterrupted: Ctrl-C. What had finished is in the folder.
+            FolderInUseError: Another live process holds the folder.
+            UnknownMetricError: The task's function does not return an objective.
+        """
+        limits = Limits(max_trials, max_proposals, max_hours)
+        if workers < 0:
+            raise InvalidInputError(f"workers is {workers}; 0 for this process, or a number of workers on Ray")
+        if gpus_per_trial is None:
+            gpus_per_trial = 1.0 if torch.device(self.device).type == "cuda" else 0.0
+        with self._opened({"max_trials": max_trials, "workers": workers}) as session:
+            search, worker = session.search, session.worker
+            search.begin(limits)
+            session.display.begin(search, max_trials, max_hours)
+            state = "failed"
+            try:
+                if workers == 0:
+                    local.run(search, worker)
+                else:
+                    from nasplat.runners import ray_tune
+
+                    ray_tune.run(
+                        search, worker, workers=workers, cpus=cpus_per_trial, gpus=gpus_per_trial, say=session.display.say
+                    )
+                state = "complete"
+            except KeyboardInterrupt as interrupt:
+                state = "interrupted"
+                raise SearchInterrupted(
+                    f"interrupted; {sum(t.finished is not None for t in search.history.trials)} trials are in "
+                    f"{self.folder}. To go on: {self._how_to_go_on()}"
+                ) from interrupt
+            finally:
+                search.end()
+                session.close(state)
+            return session.result()
+
+    def _how_to_go_on(self) -> str:
+        script = sys.argv[0] if sys.argv else ""
+        if Path(script).name in ("nasplat", "__main__.py"):
+            return f"nasplat resume {shlex.quote(str(self.folder))}"
+        return "run the same script again" if script.endswith(".py") else "call run() again with the same folder"
+
+    def enqueue(self, architecture: Architecture) -> None:
+        """Have an architecture evaluated next, before the strategy is asked again. Kept in the folder."""
+        with self._opened(None) as session:
+            session.search.enqueue(architecture)
+
+    def evaluate(self, architecture: Architecture) -> Trial:
+        """Evaluate one architecture now, in this process, as a trial of the study.
+
+        Trials that an interrupted run left unfinished are finished first. An architecture that has been evaluated
+        gives its result again (see ``retrain_duplicates``).
+        """
+        with self._opened({"evaluate": architecture.id}) as session:
+            search = session.search
+            search.enqueue(architecture)
+            first = len(search.history)
+            search.begin(Limits(max_trials=10**9))
+            try:
+                while len(search.history) == first or search.history.trials[-1].state == "running":
+                    assignment = search.next()
+                    if assignment is None:
+                        break
+                    local.run_one(search, session.worker, assignment)
+                    if search.history.trials[-1].architecture == architecture:
+                        break
+            finally:
+                search.end()
+                session.close("complete")
+            return search.history.of(architecture)[-1]
+
+    def result(self) -> Result:
+        """What is in the folder now.
+
+        Raises:
+            FolderError: Nothing has been run yet.
+        """
+        return load(self.folder, space=self.space, task=self.task)
+
+    @classmethod
+    def resume(cls, folder: str | Path, **changes: Any) -> Study:
+        """The study of a folder, where space, strategy and task came from entry points (and nasplat's own tasks).
+
+        Args:
+            folder: The study's folder.
+            changes: Arguments of :class:`Study` that may change: objectives, constraints, meters, tracker, device, ...
+
+        Raises:
+            FolderError: There is no study in the folder, or a part of it lives in the script that made it.
+        """
+        path = Path(folder)
+        events, _ = journal.read(path)
+        if not events:
+            raise FolderError(f"no study in {path}: it has no {journal.FILE}")
+        header = events[0]
+        sessions = [event for event in events if event["event"] == "session"]
+        wishes = sessions[-1] if sessions else header
+        parts: dict[str, Any] = {}
+        for name in ("space", "strategy", "task"):
+            part = restored(header[name], default=lambda: None)
+            if part is None:
+                raise FolderError(
+                    f"{path}: the {name} {_brief(header[name])} lives in the script that made the study; "
+                    "run that script again with the same folder to go on"
+                )
+            parts[name] = part
+        parts["objectives"] = [Objective(**objective) for objective in wishes["objectives"]]
+        parts["constraints"] = [Constraint(**constraint) for constraint in wishes["constraints"]]
+        parts["meters"] = [m for d in wishes["meters"] if (m := restored(d, default=lambda: None)) is not None]
+        if len(parts["meters"]) < len(wishes["meters"]) and "meters" not in changes:
+            raise FolderError(
+                f"{path}: a meter lives in the script that made the study; run that script again, or give meters=[...]"
+            )
+        return cls(**{**parts, **wishes["settings"], "seed": header["seed"], "folder": path, **changes})
+
+    # The folder.
+
+    def _settings(self) -> dict[str, Any]:
+        names = ("device", "threads", "time_limit_s", "keep_weights", "retrain_duplicates")
+        return {name: getattr(self, name) for name in names}
+
+    @contextmanager
+    def _opened(self, run: Mapping[str, Any] | None) -> Iterator[_Session]:
+        """Hold the folder, bring the search to where its journal ends, and let it go at the end."""
+        if run is not None:
+            self._check_build()
+        with Journal(self.folder) as held:
+            if held.torn is not None:
+                warnings.warn(
+                    f"the last line of {self.folder / journal.FILE} was torn (a crash while writing); it was moved to "
+                    f"{held.torn.name}, and everything before it is kept",
+                    NasplatWarning,
+                    stacklevel=4,
+                )
+            if not held.events:
+                header = {
+                    "event": "study",
+                    "schema": journal.SCHEMA_VERSION,
+                    "id": uuid.uuid4().hex,
+                    "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+                    **self._identity(),
+                    **self._wishes(),
+                    "settings": self._settings(),
+                    "sources": self._sources(),
+                }
+                held.append(header, durable=True)
+                held.events.append(header)
+            yield _Session(self, held, run)
+
+
+class _Session:
+    """One run of a study: its search, joined to journal, tracker and display."""
+
+    def __init__(self, study: Study, held: Journal, run: Mapping[str, Any] | None) -> None:
+        self.study = study
+        self.display: Display = Terminal() if study.progress and run is not None else Silent()
+        history = History(study.space, study.objectives, study.constraints)
+        self.search = Search(
+            study.strategy,
+            history,
+            study.seed,
+            retrain_duplicates=study.retrain_duplicates,
+            record=self._record,
+            booked=self._booked,
+        )
+        self._journal = held
+        self._tracker: Backlog | None = None
+        self._weights: set[int] = set()
+        self.search.replay(held.events)
+        self.worker = Worker(
+            study.space,
+            study.task,
+            study.folder.resolve(),
+            study.meters,
+            study.constraints,
+            study.device,
+            study.threads,
+            study.time_limit_s,
+        )
+        if run is not None:
+            held.append(
+                {
+                    "event": "session",
+                    "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+                    **study._wishes(),
+                    "settings": study._settings(),
+                    "run": dict(run),
+                }
+            )
+            self._weights = {
+                trial.number for trial in history.trials if trial.full and self._weights_of(trial.number).exists()
+            }
+            self._start_tracker(held.events[0])
+
+    def _weights_of(self, number: int) -> Path:
+        return trial_folder(self.study.folder, number) / "weights.safetensors"
+
+    def _record(self, event: Event) -> None:
+        self._journal.append(event, durable=event["event"] == "finish")
+
+    def _booked(self, event: Event) -> None:
+        if event["event"] == "enqueue":
+            return
+        trial = self.search.history.trials[event["trial"]]
+        if self._tracker is not None:
+            self._tracker.log(trial)
+        self.display.changed(trial)
+        if event["event"] == "finish":
+            self._tidy(trial)
+            self._check_function(trial)
+
+    def _tidy(self, trial: Trial) -> None:
+        """Delete weights that neither the front nor a later trial can need."""
+        if self.study.keep_weights == "all" or not trial.full or not self._weights_of(trial.number).exists():
+            return
+        front = {kept.number for kept in self.search.history.front()}
+        self._weights.add(trial.number)
+        for number in self._weights - front:
+            self._weights_of(number).unlink(missing_ok=True)
+        self._weights &= front
+
+    def _check_function(self, trial: Trial) -> None:
+        """A user's function that does not return an objective will not for the next candidate either."""
+        if trial.state != "complete" or self.study.task.function is None or not isinstance(trial.proposal, Evaluate):
+            return
+        wanted = [named.metric for named in (*self.study.objectives, *self.study.constraints)]
+        missing = [name for name in wanted if name not in trial.metrics]
+        if missing and trial.proposal.budget > 0:
+            raise UnknownMetricError(
+                f"{self.study.task.name} returned {', '.join(trial.metrics)}; the study needs {', '.join(missing)} too. "
+                f"Trial {trial.number} is in {self.study.folder}"
+            )
+
+    # Tracking.
+
+    def _start_tracker(self, header: Mapping[str, Any]) -> None:
+        tracker = self.study.tracker
+        if tracker is None:
+            return
+        if tracker == "mlflow":
+            from nasplat.mlflow_tracker import MlflowTracker
+
+            tracker = MlflowTracker()
+        assert not isinstance(tracker, str)
+        study = self.study
+        record = StudyRecord(
+            id=header["id"],
+            name=study.folder.resolve().name,
+            folder=study.folder.resolve(),
+            parameters={
+                "space": study.space.identity,
+                "strategy": repr(study.strategy),
+                "task": study.task.name,
+                "seed": str(study.seed),
+                "objectives": ", ".join(map(str, study.objectives)),
+                "constraints": ", ".join(map(str, study.constraints)),
+            },
+            tags={"space": study.space.name, "strategy": type(study.strategy).__name__, "task": study.task.name},
+            descriptions={name: header[name] for name in ("space", "strategy", "task")},
+        )
+        self._tracker = Backlog(tracker, say=self.display.say)
+        self._tracker.start(record, self.search.history.trials)
+
+    def close(self, state: str) -> None:
+        """Write what is left: the journal's end, the tables for the record, the tracker's backlog."""
+        self.display.end()
+        self._journal.append({"event": "end", "state": state, "over": self.search.over}, durable=True)
+        if self._tracker is not None:
+            self._tracker.end(state)
+            left = self._tracker.close(timeout=30.0)
+            if left:
+                self.display.say(f"{left} trials are not in the record yet; the next run of the study writes them")
+
+    def result(self) -> Result:
+        return Result(
+            self.study.folder, self.study.space, self.study.task, self.search.history, self.search.over
+        )
+
+
+def _brief(description: Any) -> str:
+    """A description short enough for a message: a dataclass as its constructor call."""
+    if isinstance(description, dict) and "fields" in description:
+        name = str(description["type"]).rpartition(":")[2]
+        return f"{name}({', '.join(f'{key}={_brief(value)}' for key, value in description['fields'].items())})"
+    if isinstance(description, dict) and len(description) == 1:
+        return str(next(iter(description.values())))
+    return repr(description)

@@ -1,0 +1,365 @@
+"""Runs one proposal: build, measure what is cheap, train, score, measure the rest. Knows neither Ray nor MLflow.
+
+:meth:`Worker.run` is a generator with one report an epoch and the outcome last, so that progress, early stopping and a
+distributed runner all hang on the same place. A candidate's errors end its own trial, never the worker.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import random
+import time
+import traceback
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.nn.parameter import is_lazy
+
+from nasplat.cost.bench import Bench
+from nasplat.cost.meter import CostMeter
+from nasplat.errors import InvalidInputError, NonFiniteError, TimeLimitError
+from nasplat.objectives import Constraint
+from nasplat.search import Assignment, Outcome
+from nasplat.space import SearchSpace
+from nasplat.strategy import Evaluate, Explore, Report
+from nasplat.task import Task
+from nasplat.train import Training, place
+
+CHECKPOINT_SECONDS = 20.0
+"""A running training is saved so that a kill costs about this long at most, besides the epoch under way."""
+
+
+def trial_folder(study: Path, number: int) -> Path:
+    """Where a trial keeps its weights."""
+    return study / "trials" / f"{number:05d}"
+
+
+@dataclass(frozen=True)
+class Worker:
+    """Runs proposals of one study.
+
+    Attributes:
+        space: Builds the networks.
+        task: Judges them.
+        folder: The study's; a worker writes only below ``trials/``.
+        meters: Measured for each built candidate.
+        constraints: Hard limits; those on cheap costs are checked before training.
+        device: Where to train and measure.
+        threads: Threads that torch computes with.
+        time_limit_s: Seconds a trial may take, checked at each step of training; None is no limit.
+        bench: Where measuring is exclusive.
+    """
+
+    space: SearchSpace
+    task: Task
+    folder: Path
+    meters: Sequence[CostMeter] = ()
+    constraints: Sequence[Constraint] = ()
+    device: str = "cpu"
+    threads: int = 1
+    time_limit_s: float | None = None
+    bench: Bench = field(default_factory=Bench)
+
+    def run(self, assignment: Assignment) -> Generator[Report | Outcome, bool | None, None]:
+        """Yield a :class:`Report` an epoch and an :class:`Outcome` last.
+
+        Send False after a report to end the trial there, as ``stopped``.
+        """
+        clock = _Clock(self.time_limit_s, self.bench)
+        with _threads(self.threads), _seeded(assignment.seed):
+            try:
+                proposal = assignment.proposal
+                if isinstance(proposal, Explore):
+                    yield from self._explore(assignment, proposal, clock)
+                elif self.task.function is not None:
+                    yield from self._call(assignment, proposal, clock)
+                else:
+                    yield from self._evaluate(assignment, proposal, clock)
+            except Exception as error:
+                yield Outcome("failed", reason=_reason(error), traceback=traceback.format_exc())
+
+    # Building and measuring.
+
+    def build(self, proposal: Evaluate, example: torch.Tensor) -> nn.Module:
+        """The network of a proposal, on the device, lazy layers made."""
+        model = self.space.build(proposal.architecture).to(self.device)
+        if any(is_lazy(parameter) for parameter in model.parameters()):
+            with torch.no_grad():
+                model.eval()(example)
+            model.train()
+        return model
+
+    def _measure(self, model: nn.Module, example: torch.Tensor, trained: bool, found: _Found) -> None:
+        for meter in self.meters:
+            if meter.trained is not trained:
+                continue
+            begin = time.monotonic()
+            measurement = meter.measure(model, example, self.bench)
+            found.metrics.update(_finite(measurement.values))
+            found.samples.update({name: list(values) for name, values in measurement.samples.items()})
+            found.facts.update(measurement.facts)
+            found.measure_seconds += time.monotonic() - begin
+
+    def _broken(self, metrics: Mapping[str, float]) -> str:
+        """The hard limits that the metrics known so far break, in words."""
+        return "; ".join(
+            f"{constraint.metric} is {metrics[constraint.metric]:g}, must be {constraint}"
+            for constraint in self.constraints
+            if constraint.metric in metrics and constraint.violation(metrics) > 0
+        )
+
+    # The three kinds of trial.
+
+    def _evaluate(
+        self, assignment: Assignment, proposal: Evaluate, clock: _Clock
+    ) -> Generator[Report | Outcome, bool | None, None]:
+        found = _Found()
+        device = torch.device(self.device)
+        example = place(self.task.example(), device)
+        model = self.build(proposal, example)
+        self._measure(model, example, False, found)
+        broken = self._broken(found.metrics)
+        if broken:
+            yield found.outcome("infeasible", broken)
+            return
+        begin = time.monotonic()
+        last: Mapping[str, float] = {}
+        stopped = False
+        epochs = 0 if proposal.budget == 0 else max(1, round(proposal.budget * self.task.recipe.epochs))
+        training = Training(model, self.task, device, assignment.seed, clock.step)
+        own = trial_folder(self.folder, assignment.number) / "checkpoint.pt"
+        self._begin_from(training, assignment, own)
+        saved = time.monotonic()
+        for report in training.epochs(epochs):
+            last = report.metrics
+            if (yield report) is False and report.step < epochs:
+                stopped = True
+                break
+            if time.monotonic() - saved > CHECKPOINT_SECONDS:
+                save_checkpoint(training.state(), own)
+                saved = time.monotonic()
+        found.metrics.update(last)
+        if epochs:
+            found.metrics["train_seconds"] = time.monotonic() - begin
+        model.eval()
+        self._measure(model, example, True, found)
+        self._save(training, assignment.number, found, goes_on=proposal.budget < 1 or stopped)
+        yield found.outcome("stopped" if stopped else "complete", "ended early by the strategy" if stopped else "")
+
+    def _begin_from(self, training: Training, assignment: Assignment, own: Path) -> None:
+        """Load what the training goes on from: its own interrupted run, or the trial named by the proposal."""
+        proposal = assignment.proposal
+        assert isinstance(proposal, Evaluate)
+        if own.exists():
+            training.load_state(load_checkpoint(own))
+            return
+        if proposal.weights_of is None:
+            return
+        source = trial_folder(self.folder, proposal.weights_of)
+        if assignment.source == proposal.architecture and (source / "checkpoint.pt").exists():
+            training.load_state(load_checkpoint(source / "checkpoint.pt"))
+        elif (source / "weights.safetensors").exists():
+            # Another network's weights, or the supernet's: inherited, and trained from the first epoch.
+            self.space.inherit(training.model, assignment.source, load_file(source / "weights.safetensors"))
+        else:
+            raise InvalidInputError(f"trial {proposal.weights_of} kept no weights to go on from")
+
+    def _save(self, training: Training, number: int, found: _Found, *, goes_on: bool) -> None:
+        """Keep the weights, and what a later trial needs to go on from here."""
+        folder = trial_folder(self.folder, number)
+        save_weights(training.model.state_dict(), folder / "weights.safetensors")
+        if goes_on:
+            save_checkpoint(training.state(), folder / "checkpoint.pt")
+        else:
+            (folder / "checkpoint.pt").unlink(missing_ok=True)
+        if found.samples:
+            (folder / "samples.json").write_text(json.dumps(found.samples))
+
+    def _call(
+        self, assignment: Assignment, proposal: Evaluate, clock: _Clock
+    ) -> Generator[Report | Outcome, bool | None, None]:
+        """A task that is a function: nothing is built unless a meter asks for it."""
+        assert self.task.function is not None
+        found = _Found()
+        if self.meters:
+            example = place(self.task.example(), torch.device(self.device))
+            model = self.build(proposal, example)
+            self._measure(model, example, False, found)
+            broken = self._broken(found.metrics)
+            if broken:
+                yield found.outcome("infeasible", broken)
+                return
+        begin = time.monotonic()
+        metrics = self.task.function(proposal.architecture, proposal.budget, assignment.seed)
+        if not isinstance(metrics, Mapping):
+            raise InvalidInputError(
+                f"{self.task.name} returned {metrics!r}; a mapping of metric names to numbers is needed"
+            )
+        found.metrics.update(_finite(metrics))
+        found.metrics.setdefault("train_seconds", time.monotonic() - begin)
+        clock.check()
+        yield found.outcome("complete")
+
+    def _explore(
+        self, assignment: Assignment, proposal: Explore, clock: _Clock
+    ) -> Generator[Report | Outcome, bool | None, None]:
+        found = _Found()
+        folder = trial_folder(self.folder, assignment.number)
+        context = _Context(torch.device(self.device), assignment.seed, clock, folder / "checkpoint.pt")
+        rng = np.random.default_rng(assignment.seed)
+        begin = time.monotonic()
+        steps = proposal.explorer.explore(self.space, self.task, rng, context)
+        go_on: bool | None = None
+        while True:
+            try:
+                report = steps.send(None if go_on is None else go_on)  # type: ignore[arg-type]
+            except StopIteration as end:
+                architectures = tuple(end.value or ())
+                break
+            found.metrics.update(_finite(report.metrics))
+            go_on = (yield report) is not False
+        if not architectures:
+            raise InvalidInputError(f"{proposal.explorer!r} found no architecture")
+        found.metrics["train_seconds"] = time.monotonic() - begin
+        (folder / "checkpoint.pt").unlink(missing_ok=True)
+        yield found.outcome("complete", found=architectures)
+
+
+@dataclass
+class _Found:
+    """What is known of a candidate so far."""
+
+    metrics: dict[str, float] = field(default_factory=dict)
+    samples: dict[str, list[float]] = field(default_factory=dict)
+    facts: dict[str, Any] = field(default_factory=dict)
+    measure_seconds: float = 0.0
+
+    def outcome(self, state: Any, reason: str = "", found: tuple[Any, ...] = ()) -> Outcome:
+        if self.measure_seconds:
+            self.metrics["measure_seconds"] = self.measure_seconds
+        return Outcome(state, self.metrics, reason, found=found, facts=self.facts)
+
+
+class _Clock:
+    """The time limit, and the turn that each step takes."""
+
+    def __init__(self, limit_s: float | None, bench: Bench) -> None:
+        self._limit = limit_s
+        self._begin = time.monotonic()
+        self._bench = bench
+
+    def check(self) -> None:
+        spent = time.monotonic() - self._begin
+        if self._limit is not None and spent > self._limit:
+            raise TimeLimitError(f"past its time limit: {spent:.1f} s of {self._limit:g} s")
+
+    @contextmanager
+    def step(self) -> Iterator[None]:
+        self.check()
+        with self._bench.training():
+            yield
+
+
+@dataclass
+class _Context:
+    """What an explorer gets (``nasplat.strategy.Context``)."""
+
+    device: torch.device
+    seed: int
+    clock: _Clock
+    checkpoint: Path
+
+    def step(self) -> Any:
+        return self.clock.step()
+
+    def save(self, state: Mapping[str, Any]) -> None:
+        save_checkpoint(state, self.checkpoint)
+
+    def load(self) -> dict[str, Any] | None:
+        return load_checkpoint(self.checkpoint) if self.checkpoint.exists() else None
+
+
+def save_checkpoint(state: Mapping[str, Any], path: Path) -> None:
+    """Replace a checkpoint in one step, so that a kill leaves the old one or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    torch.save(dict(state), temporary)
+    os.replace(temporary, path)
+
+
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """Tensors and plain values of a checkpoint; nothing else can be in one."""
+    state = torch.load(path, weights_only=True)
+    assert isinstance(state, dict)
+    return state
+
+
+def save_weights(state: Mapping[str, torch.Tensor], path: Path) -> None:
+    """Write weights as safetensors, in one step."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    # safetensors takes contiguous tensors that share no memory (tied weights do): give each its own.
+    own = {name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in state.items()}
+    save_file(own, temporary)
+    os.replace(temporary, path)
+
+
+def _finite(values: Mapping[str, Any]) -> dict[str, float]:
+    numbers: dict[str, float] = {}
+    for name, value in values.items():
+        try:
+            number = float(value)
+        except (TypeError, ValueError) as error:
+            raise InvalidInputError(f"the metric {name} is {value!r}; a number is needed") from error
+        if not math.isfinite(number):
+            raise NonFiniteError(f"{name} is {number}")
+        numbers[str(name)] = number
+    return numbers
+
+
+def _reason(error: Exception) -> str:
+    """One line on a failure."""
+    text = str(error).strip().splitlines()
+    first = text[0] if text else ""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError) or "not enough memory" in str(error):
+        return f"out of memory: {first}"
+    if isinstance(error, TimeLimitError | NonFiniteError):
+        return first
+    return f"{type(error).__name__}: {first}"
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """The one place where global generators are seeded; they are given back as they were."""
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    random.seed(seed)
+    np.random.seed(seed)  # noqa: NPY002
+    torch.manual_seed(seed)
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])  # noqa: NPY002
+        torch.set_rng_state(states[2])
+        if cuda:
+            torch.cuda.set_rng_state_all(cuda)

@@ -1,0 +1,107 @@
+"""Regularised (aging) evolution: Real, Aggarwal, Huang, Le 2019, arXiv:1802.01548, algorithm 1."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from nasplat.architecture import Architecture
+from nasplat.errors import InvalidInputError
+from nasplat.objectives import front
+from nasplat.strategy import Evaluate, History, Trial
+
+ENUMERABLE = 20_000
+"""Spaces up to this size are listed when mutation finds nothing new, so that the search can tell that it is over."""
+
+TRIES = 10
+"""Children tried for one that was not proposed before."""
+
+
+@dataclass(frozen=True)
+class RegularizedEvolution:
+    """Mutates the winner of a tournament among the latest trials: an architecture dies of age, not of being worse.
+
+    With several objectives the winner is drawn among the non-dominated of the tournament. A feasible trial beats one
+    that breaks a limit, and a smaller violation a larger one. Failed trials are in no tournament; trials that a cheap
+    limit ended are, as long as nothing has been scored.
+
+    Attributes:
+        population: Number of random architectures to start with, and of latest trials that the tournament draws from.
+        sample: Size of the tournament, drawn with replacement.
+        crossover: Probability, in [0, 1], that a child takes its genes from two winners before it mutates. 0 in the
+            paper.
+    """
+
+    population: int = 20
+    sample: int = 5
+    crossover: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.population < 1 or self.sample < 1:
+            raise InvalidInputError(f"population is {self.population}, sample {self.sample}; both at least 1")
+        if not 0.0 <= self.crossover <= 1.0:
+            raise InvalidInputError(f"crossover is {self.crossover}; a probability, in [0, 1]")
+
+    def propose(self, history: History, rng: np.random.Generator) -> Evaluate | None:
+        """A mutant of a recent winner; a random architecture while the population fills; None on exhaustion.
+
+        The cost does not grow with the history: only the last ``population`` trials are looked at.
+
+        Args:
+            history: All trials so far.
+            rng: The only source of randomness.
+        """
+        space = history.space
+        if history.distinct >= space.size():
+            return None
+        parents: list[Trial] = []
+        if len(history) >= self.population:
+            parents = history.scored(last=self.population)
+            # Nothing feasible was found: climb towards the limits, by the costs that are known.
+            parents = parents or [t for t in history.finished(last=self.population) if t.state == "infeasible"]
+
+        proposal: Evaluate | None = None
+        for _ in range(TRIES):
+            proposal = self._child(history, parents, rng) if parents else Evaluate(space.sample(rng))
+            if not history.of(proposal.architecture):
+                return proposal
+        # Every neighbour seems known. Repeating one teaches nothing, so an architecture from afar takes its place.
+        for _ in range(TRIES):
+            architecture = space.sample(rng)
+            if not history.of(architecture):
+                return Evaluate(architecture)
+        if space.size() > ENUMERABLE:
+            return proposal
+        left = [architecture for architecture in space.enumerate() if not history.of(architecture)]
+        return Evaluate(left[int(rng.integers(len(left)))]) if left else None
+
+    def _child(self, history: History, trials: Sequence[Trial], rng: np.random.Generator) -> Evaluate:
+        space = history.space
+        parent = self._winner(history, trials, rng)
+        parents = [parent.number]
+        genes = _architecture(parent)
+        if self.crossover > 0 and rng.random() < self.crossover:
+            other = self._winner(history, trials, rng)
+            parents.append(other.number)
+            genes = space.crossover(genes, _architecture(other), rng)
+        try:
+            child = space.mutate(genes, rng)
+        except InvalidInputError:  # is_valid left this one without a neighbour
+            child = space.sample(rng)
+        return Evaluate(child, notes={"parents": parents})
+
+    def _winner(self, history: History, trials: Sequence[Trial], rng: np.random.Generator) -> Trial:
+        drawn = [trials[index] for index in rng.integers(len(trials), size=self.sample).tolist()]
+        violations = [history.violation(trial) for trial in drawn]
+        least = min(violations)
+        best = [trial for trial, violation in zip(drawn, violations, strict=True) if violation == least]
+        if least == 0.0:
+            best = [best[index] for index in front([history.losses(trial) for trial in best])]
+        return best[int(rng.integers(len(best)))]
+
+
+def _architecture(trial: Trial) -> Architecture:
+    assert trial.architecture is not None
+    return trial.architecture
