@@ -64,9 +64,7 @@ class Architecture:
                 f"not an architecture: expected a JSON object with schema, space and genes ({error!r})"
             ) from error
         if schema != SCHEMA_VERSION:
-            raise ArchitectureError(
-                f"architecture has schema {schema!r}; this nasplat reads schema {SCHEMA_VERSION}"
-            )
+            raise ArchitectureError(f"architecture has schema {schema!r}; this nasplat reads schema {SCHEMA_VERSION}")
         if not isinstance(space, str) or not isinstance(genes, dict):
             raise ArchitectureError("not an architecture: space must be a string and genes an object")
         architecture = cls(space, genes)

@@ -57,9 +57,7 @@ def read(folder: Path) -> tuple[list[dict[str, Any]], int]:
         events.append(event)
         end += len(line) + 1
     if events and events[0].get("schema") != SCHEMA_VERSION:
-        raise JournalError(
-            f"{path} has schema {events[0].get('schema')!r}; this nasplat reads schema {SCHEMA_VERSION}"
-        )
+        raise JournalError(f"{path} has schema {events[0].get('schema')!r}; this nasplat reads schema {SCHEMA_VERSION}")
     return events, end
 
 

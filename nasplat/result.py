@@ -41,7 +41,7 @@ class RecordedSpace(SearchSpace):
         self.recorded = recorded
 
     @property
-    def identity(self) -> str:  # type: ignore[override]
+    def identity(self) -> str:
         """The identity that the folder recorded."""
         return self.recorded
 

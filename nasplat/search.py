@@ -164,7 +164,9 @@ class Search:
             try:
                 self._apply(event, made)
             except (KeyError, TypeError, InvalidInputError) as error:
-                raise JournalError(f"the journal's event {event} does not follow from those before it: {error}") from error
+                raise JournalError(
+                    f"the journal's event {event} does not follow from those before it: {error}"
+                ) from error
             self._before = max(self._before, event["at"])
         self._again.extend(trial.number for trial in self.history.running)
 

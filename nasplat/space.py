@@ -126,9 +126,7 @@ class SearchSpace(ABC):
             "a strategy that evaluates candidates one by one (random search, evolution, Optuna) can"
         )
 
-    def inherit(
-        self, model: nn.Module, source: Architecture | None, state: Mapping[str, Tensor]
-    ) -> nn.Module:
+    def inherit(self, model: nn.Module, source: Architecture | None, state: Mapping[str, Tensor]) -> nn.Module:
         """Load weights of another architecture, or of the supernet, into a built network, in place.
 
         Args:
@@ -142,8 +140,7 @@ class SearchSpace(ABC):
         """
         own = model.state_dict()
         wrong = [
-            f"{name} {tuple(tensor.shape)}: "
-            + (f"has {tuple(state[name].shape)}" if name in state else "missing")
+            f"{name} {tuple(tensor.shape)}: " + (f"has {tuple(state[name].shape)}" if name in state else "missing")
             for name, tensor in own.items()
             if name not in state or state[name].shape != tensor.shape
         ]
@@ -229,9 +226,7 @@ class SearchSpace(ABC):
             gene = genes[name]
             legal = next((o for o in options if o == gene and type(o) is type(gene)), None)
             if legal is None:
-                raise ArchitectureError(
-                    f"{self.name}: {name} is {gene!r}; legal: {', '.join(map(repr, options))}"
-                )
+                raise ArchitectureError(f"{self.name}: {name} is {gene!r}; legal: {', '.join(map(repr, options))}")
             exact[name] = legal
         for group in self._groups:
             on = [name for name in group.names if exact[name] != group.off]
@@ -446,9 +441,7 @@ class FunctionSpace(SearchSpace):
         return self.function(dict(architecture.genes))
 
 
-def space_from(
-    build: Callable[[dict[str, Any]], nn.Module], choices: Mapping[str, Sequence[Option]]
-) -> SearchSpace:
+def space_from(build: Callable[[dict[str, Any]], nn.Module], choices: Mapping[str, Sequence[Option]]) -> SearchSpace:
     """A search space of a function and its choices.
 
     Args:

@@ -39,7 +39,7 @@ from nasplat.search import Event, Limits, Search
 from nasplat.space import SearchSpace
 from nasplat.strategy import Evaluate, History, Strategy, Trial
 from nasplat.task import Task
-from nasplat.tracking import Backlog, StudyRecord, Tracker
+from nasplat.tracking import Backlog, StudyRecord, Tracker, study_tags
 from nasplat.train import place
 from nasplat.worker import Worker, trial_folder
 
@@ -109,7 +109,11 @@ class Study:
             UnknownMetricError: An objective or a constraint names a metric that nothing provides.
             FolderMismatchError: The folder holds another study.
         """
-        for name, value, kind in (("space", space, SearchSpace), ("strategy", strategy, Strategy), ("task", task, Task)):
+        for name, value, kind in (
+            ("space", space, SearchSpace),
+            ("strategy", strategy, Strategy),
+            ("task", task, Task),
+        ):
             if not isinstance(value, kind) or isinstance(value, type):
                 hint = f" (the class; make one: {value.__name__}())" if isinstance(value, type) else ""
                 raise InvalidInputError(f"{name} is {value!r}{hint}; a {kind.__name__} is needed")
@@ -120,7 +124,9 @@ class Study:
         if len({objective.metric for objective in objectives}) < len(objectives):
             raise InvalidInputError(f"two objectives name one metric: {', '.join(map(str, objectives))}")
         if not all(isinstance(constraint, Constraint) for constraint in constraints):
-            raise InvalidInputError(f"constraints is {constraints!r}; at_most('...', x) or at_least('...', x) are needed")
+            raise InvalidInputError(
+                f"constraints is {constraints!r}; at_most('...', x) or at_least('...', x) are needed"
+            )
         if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
             raise InvalidInputError(f"seed is {seed!r}; a whole number from 0 on is needed")
         if threads < 1:
@@ -150,10 +156,14 @@ class Study:
 
     # What is checked beforehand.
 
+    def _wanted(self) -> list[str]:
+        """The metrics that objectives and constraints name."""
+        return [objective.metric for objective in self.objectives] + [limit.metric for limit in self.constraints]
+
     def _with_meters(self, given: tuple[CostMeter, ...]) -> tuple[CostMeter, ...]:
         """The given meters, those that every network gets, and those that a named metric asks for."""
         meters = list(given)
-        wanted = [named.metric for named in (*self.objectives, *self.constraints)]
+        wanted = self._wanted()
         if self.task.function is None:
             known = {name for meter in meters for name in meter.metrics}
             if not known.intersection(Count().metrics):
@@ -217,16 +227,16 @@ class Study:
                     stacklevel=3,
                 )
         result = load(self.folder, space=self.space, task=self.task)
-        for named in (*self.objectives, *self.constraints):
+        for metric in self._wanted():
             lacking = [
                 trial.number
                 for trial in result.trials
                 if trial.state == "complete" and isinstance(trial.proposal, Evaluate) and trial.proposal.budget > 0
-                and named.metric not in trial.metrics
+                and metric not in trial.metrics
             ]  # fmt: skip
             if lacking:
                 raise FolderMismatchError(
-                    f"{self.folder}: {len(lacking)} past trials (first: {lacking[0]}) have no {named.metric}, "
+                    f"{self.folder}: {len(lacking)} past trials (first: {lacking[0]}) have no {metric}, "
                     "so it cannot become an objective or a constraint of this study; use another folder"
                 )
 
@@ -316,7 +326,12 @@ class Study:
                     from nasplat.runners import ray_tune
 
                     ray_tune.run(
-                        search, worker, workers=workers, cpus=cpus_per_trial, gpus=gpus_per_trial, say=session.display.say
+                        search,
+                        worker,
+                        workers=workers,
+                        cpus=cpus_per_trial,
+                        gpus=gpus_per_trial,
+                        say=session.display.say,
                     )
                 state = "complete"
             except KeyboardInterrupt as interrupt:
@@ -409,6 +424,53 @@ class Study:
             )
         return cls(**{**parts, **wishes["settings"], "seed": header["seed"], "folder": path, **changes})
 
+    # The record.
+
+    def open_tracker(self) -> Tracker | None:
+        """A tracker for one run of the study; None where there is to be no record but the folder's."""
+        if self.tracker == "mlflow":
+            from nasplat.mlflow_tracker import MlflowTracker
+
+            return MlflowTracker()
+        assert not isinstance(self.tracker, str)
+        return self.tracker
+
+    def record(self, header: Mapping[str, Any]) -> StudyRecord:
+        """What a tracker says of this study.
+
+        Args:
+            header: The journal's first event.
+        """
+        folder = self.folder.resolve()
+        return StudyRecord(
+            id=header["id"],
+            name=folder.name,
+            folder=folder,
+            parameters={
+                "space": self.space.identity,
+                "strategy": repr(self.strategy),
+                "task": self.task.name,
+                "seed": str(self.seed),
+                "objectives": ", ".join(map(str, self.objectives)),
+                "constraints": ", ".join(map(str, self.constraints)),
+                "meters": ", ".join(map(repr, self.meters)),
+            },
+            tags={
+                "space": self.space.name,
+                "strategy": type(self.strategy).__name__,
+                "task": self.task.name,
+                "seed": str(self.seed),
+                **study_tags(),
+            },
+            descriptions={name: header[name] for name in ("space", "strategy", "task")},
+        )
+
+    def where(self) -> str:
+        """Where the record is and how to open it; "" without a record or before the first run."""
+        tracker = self.open_tracker()
+        events, _ = journal.read(self.folder)
+        return tracker.where(self.record(events[0])) if tracker is not None and events else ""
+
     # The folder.
 
     def _settings(self) -> dict[str, Any]:
@@ -481,6 +543,7 @@ class _Session:
                     **study._wishes(),
                     "settings": study._settings(),
                     "run": dict(run),
+                    "versions": study_tags(),
                 }
             )
             self._weights = {
@@ -519,7 +582,7 @@ class _Session:
         """A user's function that does not return an objective will not for the next candidate either."""
         if trial.state != "complete" or self.study.task.function is None or not isinstance(trial.proposal, Evaluate):
             return
-        wanted = [named.metric for named in (*self.study.objectives, *self.study.constraints)]
+        wanted = self.study._wanted()
         missing = [name for name in wanted if name not in trial.metrics]
         if missing and trial.proposal.budget > 0:
             raise UnknownMetricError(
@@ -530,32 +593,10 @@ class _Session:
     # Tracking.
 
     def _start_tracker(self, header: Mapping[str, Any]) -> None:
-        tracker = self.study.tracker
-        if tracker is None:
-            return
-        if tracker == "mlflow":
-            from nasplat.mlflow_tracker import MlflowTracker
-
-            tracker = MlflowTracker()
-        assert not isinstance(tracker, str)
-        study = self.study
-        record = StudyRecord(
-            id=header["id"],
-            name=study.folder.resolve().name,
-            folder=study.folder.resolve(),
-            parameters={
-                "space": study.space.identity,
-                "strategy": repr(study.strategy),
-                "task": study.task.name,
-                "seed": str(study.seed),
-                "objectives": ", ".join(map(str, study.objectives)),
-                "constraints": ", ".join(map(str, study.constraints)),
-            },
-            tags={"space": study.space.name, "strategy": type(study.strategy).__name__, "task": study.task.name},
-            descriptions={name: header[name] for name in ("space", "strategy", "task")},
-        )
-        self._tracker = Backlog(tracker, say=self.display.say)
-        self._tracker.start(record, self.search.history.trials)
+        tracker = self.study.open_tracker()
+        if tracker is not None:
+            self._tracker = Backlog(tracker, say=self.display.say)
+            self._tracker.start(self.study.record(header), self.search.history.trials)
 
     def close(self, state: str) -> None:
         """Write what is left: the journal's end, the tables for the record, the tracker's backlog."""
@@ -568,9 +609,7 @@ class _Session:
                 self.display.say(f"{left} trials are not in the record yet; the next run of the study writes them")
 
     def result(self) -> Result:
-        return Result(
-            self.study.folder, self.study.space, self.study.task, self.search.history, self.search.over
-        )
+        return Result(self.study.folder, self.study.space, self.study.task, self.search.history, self.search.over)
 
 
 def _brief(description: Any) -> str:

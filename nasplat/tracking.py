@@ -1,5 +1,8 @@
-"""The record that people compare in: what a tracker is, and the backlog that keeps a slow or absent one from stopping
-a search. The journal, not the tracker, is the truth that a resume reads."""
+"""The record that people compare in: what a tracker is, and the backlog that delivers to it.
+
+The backlog keeps a slow or absent record from stopping a search. The journal, not the record, is the truth that a
+resume reads.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ import subprocess
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -24,7 +27,7 @@ class StudyRecord:
     """What a tracker says of a study.
 
     Attributes:
-        id: Made once, when the folder was; a resumed study has the same. Letters and digits.
+        id: Made once, when the folder was; a resumed study has the same. Letters, digits, `_` and `-`.
         name: The folder's last part.
         folder: Where the journal lies.
         parameters: Flat: space, strategy, task, seed, objectives, constraints, meters.
@@ -224,22 +227,28 @@ class Backlog:
                 now = time.monotonic()
                 if self._deadline is not None and now >= self._deadline:
                     return None
-                items = [("start",)] if not self._opened else self._waiting()
-                for item in items:
-                    if self._not_before.get(item, 0.0) <= now:
+                earliest = float("inf")
+                for item in self._left():
+                    due = self._not_before.get(item, 0.0)
+                    if due <= now:
                         return item
+                    earliest = min(earliest, due)
                 if self._deadline is not None:  # closing, and everything has had its last try
                     return None
-                times = [self._not_before[item] for item in items]
-                self._wake.wait(max(0.0, min(times) - now) if times else None)
+                self._wake.wait(None if earliest == float("inf") else earliest - now)
 
-    def _waiting(self) -> Iterable[_Item]:
-        """What is left, in the order in which to deliver it."""
-        items: list[_Item] = [("trial", number) for number in self._trials]
-        items += [("artifact", *key) for key in self._artifacts]
-        if self._end is not None and (not items or self._deadline is not None):
-            items.append(("end",))
-        return items
+    def _left(self) -> Iterator[_Item]:
+        """What there is to deliver, in this order."""
+        if not self._opened:
+            yield ("start",)
+            return
+        for number in self._trials:
+            yield ("trial", number)
+        for key in self._artifacts:
+            yield ("artifact", *key)
+        # When closing, the study's end is recorded even if some trial was refused.
+        if self._end is not None and (self._deadline is not None or not (self._trials or self._artifacts)):
+            yield ("end",)
 
     def _hand_over(self, item: _Item) -> None:
         assert self._study is not None

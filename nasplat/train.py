@@ -85,6 +85,8 @@ class Training:
         begin, end = self._phase()
         batches = -(-len(source) // recipe.batch_size) if isinstance(source, Sized) else 0
         self.model.train()
+        # Extra logits of the last training pass, and their weight in the loss: how a network offers auxiliary heads.
+        auxiliary_weight: Any = getattr(self.model, "auxiliary_weight", 0.0)
         total, count = torch.zeros((), device=self.device), 0
         for index, (x, y) in enumerate(source.batches(recipe.batch_size, self._order)):
             with self._step():
@@ -97,9 +99,9 @@ class Training:
                 x, y = place(augment(x, recipe.augment, self._order), self.device), y.to(self.device)
                 loss = self.task.compute_loss(self.model(x), y)
                 for extra in getattr(self.model, "auxiliary", ()):
-                    loss = loss + self.model.auxiliary_weight * self.task.compute_loss(extra, y)
+                    loss = loss + auxiliary_weight * self.task.compute_loss(extra, y)
                 self.optimiser.zero_grad(set_to_none=True)
-                loss.backward()
+                loss.backward()  # type: ignore[no-untyped-call]
                 if recipe.clip is not None:
                     nn.utils.clip_grad_norm_(self.model.parameters(), recipe.clip)
                 self.optimiser.step()

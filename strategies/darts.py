@@ -1,13 +1,13 @@
 """DARTS, first order: architecture weights and network weights learn in turn, by gradient.
 
-Liu, Simonyan, Yang 2019, arXiv:1806.09055, algorithm 1 with xi = 0. A softmax temperature below 1 after Bulat, Martinez,
-Tzimiropoulos 2020, arXiv:2003.01711.
+Liu, Simonyan, Yang 2019, arXiv:1806.09055, algorithm 1 with xi = 0. A softmax temperature below 1 after Bulat,
+Martinez, Tzimiropoulos 2020, arXiv:2003.01711.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Self
 
@@ -19,7 +19,7 @@ from nasplat.architecture import Architecture
 from nasplat.data.sources import Source
 from nasplat.errors import InvalidInputError, NonFiniteError, UnsupportedError
 from nasplat.space import Relaxed, SearchSpace
-from nasplat.strategy import Context
+from nasplat.strategy import Context, Report
 from nasplat.task import Task
 
 
@@ -109,10 +109,10 @@ class Darts:
 
     def explore(
         self, space: SearchSpace, task: Task, rng: np.random.Generator, context: Context
-    ) -> Sequence[Architecture]:
+    ) -> Generator[Report, bool, Sequence[Architecture]]:
         """Train the supernet and return its strongest architecture.
 
-        Reports per epoch ``train_loss`` and ``alpha_loss`` (means over the epoch), and ``mean_max_weight``: the
+        Yields per epoch ``train_loss`` and ``alpha_loss`` (means over the epoch), and ``mean_max_weight``: the
         largest mixture weight of a choice, averaged over the choices (1 is as good as discrete).
 
         Args:
@@ -187,10 +187,11 @@ class Darts:
             alpha_batches = _endless(alpha_source, self.batch_size, orders[1])
             for x, y in _batches(source, self.batch_size, orders[0]):
                 if epoch > self.warmup:
+                    batch = next(alpha_batches)
                     with context.step():
-                        alpha_losses.append(
-                            self._alpha_step(supernet, space, task, alphas, next(alpha_batches), alpha_optimiser, device)
-                        )
+                        loss = self._alpha_loss(supernet, space, task, alphas, batch, device)
+                        alpha_optimiser.step()
+                        alpha_losses.append(loss)
                 with context.step():
                     relaxed = {name: weight.detach() for name, weight in self._relax(space, alphas).items()}
                     optimiser.zero_grad()
@@ -200,8 +201,8 @@ class Darts:
                         nn.utils.clip_grad_norm_(weights, self.clip)
                     optimiser.step()
                     losses.append(loss.detach())
-            metrics = self._metrics(space, alphas, losses, alpha_losses, epoch)
-            go_on = context.report(metrics, epoch)
+            # Reported, then saved: a run killed in between reports the epoch again rather than never.
+            go_on = yield Report(epoch, self._metrics(space, alphas, losses, alpha_losses, epoch))
             context.save(
                 {
                     "epoch": epoch,
@@ -226,23 +227,22 @@ class Darts:
         named = space.temperatures() if self.temperature is None else dict.fromkeys(alphas, self.temperature)
         return {name: torch.softmax(alpha / named.get(name, 1.0), dim=0) for name, alpha in alphas.items()}
 
-    def _alpha_step(
+    def _alpha_loss(
         self,
         supernet: nn.Module,
         space: SearchSpace,
         task: Task,
         alphas: Mapping[str, Tensor],
         batch: tuple[Tensor, Tensor],
-        optimiser: torch.optim.Optimizer,
         device: torch.device,
     ) -> Tensor:
+        """The loss, with the gradients of the alphas set."""
         x, y = batch
         loss = task.compute_loss(supernet(_on(x, device), self._relax(space, alphas)), y.to(device))
         # Of the alphas alone: the gradients of the weights would be computed for nothing.
         gradients = torch.autograd.grad(loss, list(alphas.values()), allow_unused=True)
         for alpha, gradient in zip(alphas.values(), gradients, strict=True):
             alpha.grad = gradient
-        optimiser.step()
         return loss.detach()
 
     def _metrics(

@@ -26,6 +26,7 @@ from optuna.distributions import CategoricalDistribution
 from optuna.exceptions import ExperimentalWarning
 from optuna.samplers import BaseSampler, CmaEsSampler
 from optuna.storages import InMemoryStorage
+from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
 from nasplat.errors import InvalidInputError, UnsupportedError
@@ -65,8 +66,8 @@ class OptunaSearch:
     or broke a cheap limit (pruned, with its violations), and by how much each trial breaks or keeps each limit.
 
     Attributes:
-        sampler: ``tpe``, ``gp``, ``nsga2``, ``nsga3``, ``random``, ``qmc``, ``brute_force``; or a sampler class of Optuna or
-            one's own that takes a ``seed``. A class, not an object: only then is the strategy plain data.
+        sampler: ``tpe``, ``gp``, ``nsga2``, ``nsga3``, ``random``, ``qmc``, ``brute_force``; or a sampler class, of
+            Optuna or one's own, that takes a ``seed``. A class, not an object: only then is the strategy plain data.
         options: Arguments of the sampler but its seed: ``{"n_startup_trials": 20}``. JSON values, so that they name
             the study.
     """
@@ -209,7 +210,7 @@ class _Encoding:
 
 
 class _Storage(InMemoryStorage):
-    """Optuna's storage in memory for the one trial that is asked for (number 0), after the mirrored ones (1, 2, ...)."""
+    """Optuna's storage in memory, for the one trial that is asked for (number 0), behind the mirrored ones (from 1)."""
 
     def __init__(self, past: list[FrozenTrial]) -> None:
         super().__init__()
@@ -230,7 +231,10 @@ class _Mirror:
 
     def __init__(self, history: History) -> None:
         self.encoding = _Encoding(history.space)
-        self._directions = ["maximize" if o.direction == "maximise" else "minimize" for o in history.objectives]
+        self._directions = [
+            StudyDirection.MAXIMIZE if objective.direction == "maximise" else StudyDirection.MINIMIZE
+            for objective in history.objectives
+        ]
         self._revision = -1
         self._trials: list[FrozenTrial] = []
         self._running: list[int] = []

@@ -93,7 +93,7 @@ class RegularizedEvolution:
         return Evaluate(child, notes={"parents": parents})
 
     def _winner(self, history: History, trials: Sequence[Trial], rng: np.random.Generator) -> Trial:
-        drawn = [trials[index] for index in rng.integers(len(trials), size=self.sample).tolist()]
+        drawn = [trials[int(index)] for index in rng.integers(len(trials), size=self.sample)]
         violations = [history.violation(trial) for trial in drawn]
         least = min(violations)
         best = [trial for trial, violation in zip(drawn, violations, strict=True) if violation == least]

@@ -280,7 +280,9 @@ def _write_and_compare(target: Target, model: nn.Module, inputs: Tensor, referen
         seconds = time.perf_counter() - start
         content = path.read_bytes()
         size, digest = len(content), hashlib.sha256(content).hexdigest()
-        comparison = compare(torch.cat([target.run(path, inputs), target.run(path, inputs[:1])]), reference)
+        run = target.load(path)
+        with torch.no_grad():
+            comparison = compare(torch.cat([run(inputs), run(inputs[:1])]), reference)
     except Exception as failure:  # of any kind: a format's failure must not cost the other formats
         error = f"{type(failure).__name__}: {failure}"
         if digest is None:  # half written at best

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -80,16 +80,20 @@ class Onnx:
                 raise ExportError("torch.onnx.export returned no program")
             program.save(path, external_data=False)
 
-    def run(self, path: Path, inputs: Tensor) -> Tensor:
-        """Run the file in onnxruntime."""
+    def load(self, path: Path) -> Callable[[Tensor], Tensor]:
+        """A session of onnxruntime."""
         import onnxruntime
 
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = 1
         options.log_severity_level = 3  # errors
         session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-        (logits,) = session.run([OUTPUT], {INPUT: inputs.contiguous().numpy()})
-        return torch.from_numpy(logits)
+
+        def run(inputs: Tensor) -> Tensor:
+            (logits,) = session.run([OUTPUT], {INPUT: inputs.contiguous().numpy()})
+            return torch.from_numpy(logits)
+
+        return run
 
     def facts(self) -> Mapping[str, str | int]:
         """The opset, and the versions of torch, onnx, onnxscript and onnxruntime."""

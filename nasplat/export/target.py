@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Protocol
 
@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 
 class Target(Protocol):
-    """One format that a trained model is written in: one file, and a way to run that file again.
+    """One format that a trained model is written in: one file, and a way to load it again.
 
-    Whatever :meth:`write` or :meth:`run` raises is recorded as this format's failure; the other formats go on.
+    Whatever :meth:`write`, :meth:`load` or the loaded function raises is recorded as this format's failure; the other
+    formats go on.
     """
 
     @property
@@ -40,8 +41,8 @@ class Target(Protocol):
         """
         ...
 
-    def run(self, path: Path, inputs: Tensor) -> Tensor:
-        """Load the file just written and compute the logits ``(n, classes)`` of a batch ``(n, ...)``, float32.
+    def load(self, path: Path) -> Callable[[Tensor], Tensor]:
+        """The file just written, as a function from a batch ``(n, ...)``, float32, to logits ``(n, classes)``.
 
         Only for files of this process's own making: a format may run code of the file while loading it.
         """

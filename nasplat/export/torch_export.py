@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,7 +34,7 @@ class TorchExport:
 
     ``torch.export.load`` reads weights as raw bytes, but falls back to full unpickling for example inputs and odd
     constants, and has no switch against it (torch 2.13). nasplat therefore loads such a file just once, in
-    :meth:`run`, right after writing it.
+    :meth:`load`, right after writing it.
     """
 
     @property
@@ -57,11 +57,10 @@ class TorchExport:
         with quiet():
             torch.export.save(trace(model, example), path)
 
-    def run(self, path: Path, inputs: Tensor) -> Tensor:
-        """Load the program and run it. For files of one's own making only, see :class:`TorchExport`."""
-        with quiet(), torch.no_grad():
-            logits: Tensor = torch.export.load(path).module()(inputs)
-        return logits
+    def load(self, path: Path) -> Callable[[Tensor], Tensor]:
+        """Load the program. For files of one's own making only, see :class:`TorchExport`."""
+        with quiet():
+            return torch.export.load(path).module()
 
     def facts(self) -> Mapping[str, str | int]:
         """The version of torch."""

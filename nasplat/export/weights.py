@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -37,7 +37,7 @@ logits = model(x)
 
 @dataclass(frozen=True)
 class Weights:
-    """The tensors of the model as safetensors, run by building the architecture of the same folder anew.
+    """The tensors of the model as safetensors, loaded by building the architecture of the same folder anew.
 
     Attributes:
         space: Builds the network.
@@ -73,12 +73,9 @@ class Weights:
         # The format takes neither strides nor memory that two tensors share, so tied weights are written twice.
         save_file({name: value.detach().cpu().contiguous().clone() for name, value in state.items()}, path)
 
-    def run(self, path: Path, inputs: Tensor) -> Tensor:
-        """Build the model of the file's folder and run it."""
-        model = load_bundle(path.parent, self.space)
-        with torch.no_grad():
-            logits: Tensor = model(inputs)
-        return logits
+    def load(self, path: Path) -> Callable[[Tensor], Tensor]:
+        """Build the model of the file's folder."""
+        return load_bundle(path.parent, self.space)
 
     def facts(self) -> Mapping[str, str | int]:
         """The version of safetensors."""

@@ -131,7 +131,7 @@ def set_binarisation(model: nn.Module, *, weights: bool | None = None, activatio
 
 
 class BinaryBlock(nn.Module):
-    """BatchNorm, sign, convolution, scale, PReLU, then the input added: the order of arXiv:2003.11535
+    """BatchNorm, sign, convolution, scale, PReLU, then the input added: the order of arXiv:2003.11535.
 
     The shortcut keeps a real-valued path through the network. It exists where the block keeps the shape: stride 1 and
     as many channels out as in.

@@ -103,9 +103,9 @@ class SpaceContract:
     def test_space_survives_pickle(self, space: SearchSpace) -> None:
         """A pickled space is an equal space, with the same identity."""
         copy = pickle.loads(pickle.dumps(space))
-        assert copy.identity == space.identity
+        assert copy.identity == space.identity, "a pickled space has another identity"
         assert _fresh(copy).identity == space.identity, "identity must follow from the fields"
-        assert list(copy.choices) == list(space.choices)
+        assert list(copy.choices) == list(space.choices), "a pickled space has other choices"
 
     def test_architecture_survives_json_and_pickle(self, space: SearchSpace) -> None:
         """An architecture read back is equal, and its genes are legal."""
@@ -115,10 +115,9 @@ class SpaceContract:
                 pickle.loads(pickle.dumps(architecture)),
                 space.architecture(architecture.genes),
             ):
-                assert copy == architecture
-                assert copy.id == architecture.id
-                assert dict(copy.genes) == dict(architecture.genes)
-            assert space.owns(architecture)
+                assert copy == architecture, f"{copy} was {architecture}"
+                assert dict(copy.genes) == dict(architecture.genes), f"{copy.genes} were {architecture.genes}"
+            assert space.owns(architecture), "a space does not know its own sample"
 
     def test_same_id_in_another_process(self, space: SearchSpace) -> None:
         """Identity, order of choices and samples do not depend on the process or its hash seed."""
@@ -134,7 +133,8 @@ class SpaceContract:
             env={**os.environ, "PYTHONHASHSEED": seed, "PYTHONPATH": path},
         )
         assert done.returncode == 0, f"the space cannot be used in another process:\n{done.stderr.decode()}"
-        assert json.loads(done.stdout) == here
+        there = json.loads(done.stdout)
+        assert there == here, f"identity, choices or samples differ in another process: {there} against {here}"
 
     # Verbs.
 
@@ -166,7 +166,7 @@ class SpaceContract:
                 child = space.mutate(parent, rng)
                 assert child != parent, "a mutant equals its parent"
                 assert child in neighbours, "a mutant is not among the neighbours"
-                assert space.architecture(child.genes) == child
+                assert space.architecture(child.genes) == child, "a child is not what its genes say"
             twins = [space.mutate(parent, np.random.default_rng(2)) for _ in range(2)]
             assert twins[0] == twins[1], "mutation depends on more than its rng"
 
@@ -175,10 +175,10 @@ class SpaceContract:
         rng = np.random.default_rng(1)
         for a, b in pairwise(self.draw(space, self.samples)):
             child = space.crossover(a, b, rng)
-            assert space.architecture(child.genes) == child
+            assert space.architecture(child.genes) == child, "a child is not what its genes say"
             for name, option in child.genes.items():
                 assert option in (a.genes[name], b.genes[name]), f"{name!r} comes from neither parent"
-            assert space.crossover(a, a, rng) == a
+            assert space.crossover(a, a, rng) == a, "an architecture crossed with itself changes"
 
     def test_groups_keep_their_rule(self, space: SearchSpace) -> None:
         """Just ``pick`` choices of a group are on, after every verb, and other numbers are refused."""
@@ -211,10 +211,11 @@ class SpaceContract:
         """Encodings are float vectors of one length, equal just for equal architectures."""
         architectures = list(dict.fromkeys(self.draw(space, self.samples)))
         codes = [space.encode(architecture) for architecture in architectures]
-        assert {(code.shape, code.dtype) for code in codes} == {(codes[0].shape, codes[0].dtype)}
-        assert codes[0].ndim == 1
-        assert np.issubdtype(codes[0].dtype, np.floating)
-        assert all(np.isfinite(code).all() for code in codes)
+        kinds = {(code.shape, code.dtype.name) for code in codes}
+        assert len(kinds) == 1, f"encodings differ in shape or type: {kinds}"
+        assert codes[0].ndim == 1, f"an encoding has shape {codes[0].shape}, not one dimension"
+        assert np.issubdtype(codes[0].dtype, np.floating), f"encodings are {codes[0].dtype}, not floating point"
+        assert all(np.isfinite(code).all() for code in codes), "an encoding is not finite"
         assert len({code.tobytes() for code in codes}) == len(codes), "two architectures have one encoding"
 
     def test_size_counts_what_enumerate_lists(self, space: SearchSpace) -> None:
@@ -224,18 +225,18 @@ class SpaceContract:
         listed = [architecture.id for architecture in space.enumerate()]
         assert len(set(listed)) == len(listed), "an architecture is listed twice"
         if type(space).is_valid is SearchSpace.is_valid:
-            assert len(listed) == space.size()
-        assert len(listed) <= space.size()
-        assert {architecture.id for architecture in self.draw(space, self.samples)} <= set(listed)
+            assert len(listed) == space.size(), f"{len(listed)} listed, size says {space.size()}"
+        assert len(listed) <= space.size(), f"{len(listed)} listed, size says {space.size()}"
+        drawn = {architecture.id for architecture in self.draw(space, self.samples)}
+        assert drawn <= set(listed), "a sample is not listed"
 
     def test_relaxed_one_hot_is_the_architecture(self, space: SearchSpace) -> None:
         """``discretise`` undoes ``relax``."""
         for architecture in self.draw(space, self.samples):
             relaxed = space.relax(architecture)
-            assert {name: len(weights) for name, weights in relaxed.items()} == {
-                name: len(options) for name, options in space.choices.items()
-            }
-            assert space.discretise(relaxed) == architecture
+            lengths = {name: len(options) for name, options in space.choices.items()}
+            assert {name: len(weights) for name, weights in relaxed.items()} == lengths, "not a weight per option"
+            assert space.discretise(relaxed) == architecture, "discretise does not undo relax"
 
     # Networks.
 
@@ -246,12 +247,12 @@ class SpaceContract:
             random.random(), np.random.rand()  # noqa: NPY002
             one, two = _run_build(space, architecture, example), _run_build(space, architecture, example)
             states = one.state_dict(), two.state_dict()
-            assert list(states[0]) == list(states[1])
+            assert list(states[0]) == list(states[1]), "two builds have different tensors"
             for name, tensor in states[0].items():
                 assert torch.equal(tensor, states[1][name]), f"{name} differs between two builds under one seed"
                 if tensor.numel():
                     assert tensor.data_ptr() != states[1][name].data_ptr(), f"{name} is shared by two builds"
-            assert dict(architecture.genes) == genes
+            assert dict(architecture.genes) == genes, "build changed its architecture"
 
     def test_network_is_differentiable(self, space: SearchSpace, example: Tensor) -> None:
         """Logits are ``(n, classes)`` and finite, and every parameter gets a finite gradient."""
@@ -259,10 +260,10 @@ class SpaceContract:
         for architecture in self.draw(space, self.builds):
             model = _run_build(space, architecture, example).train()
             logits = model(example)
-            assert logits.ndim == 2
-            assert logits.shape[0] == example.shape[0]
+            assert logits.ndim == 2, f"logits have shape {tuple(logits.shape)}, not (n, classes)"
+            assert logits.shape[0] == example.shape[0], f"{logits.shape[0]} rows for {example.shape[0]} examples"
             assert classes is None or logits.shape[1] == classes, f"{logits.shape[1]} logits for {classes} classes"
-            assert torch.isfinite(logits).all()
+            assert torch.isfinite(logits).all(), "logits are not finite"
             torch.autograd.backward(_loss(logits, *getattr(model, "auxiliary", ())))
             self._check_gradients(model, f"the network of {dict(architecture.genes)}")
 
@@ -319,10 +320,12 @@ class SpaceContract:
             part = space.supernet(keep=keep)
         except UnsupportedError as error:
             pytest.skip(f"supernet(keep=...): {error}")
-        assert sum(p.numel() for p in part.parameters()) <= sum(p.numel() for p in whole.parameters())
+        sizes = [sum(p.numel() for p in supernet.parameters()) for supernet in (part, whole)]
+        assert sizes[0] <= sizes[1], f"{sizes[0]} parameters with fewer options, {sizes[1]} with all"
         for architecture in pair:
             with torch.no_grad():
-                assert torch.isfinite(part(example, space.relax(architecture))).all()
+                logits = part(example, space.relax(architecture))
+            assert torch.isfinite(logits).all(), "logits are not finite"
 
     def _check_gradients(self, model: nn.Module, what: str) -> None:
         for name, parameter in model.named_parameters():

@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import math
 import pickle
 import random
 from collections.abc import Iterator, Mapping
@@ -26,9 +27,9 @@ import torch
 from nasplat.architecture import Architecture
 from nasplat.identity import canonical, describe
 from nasplat.space import SearchSpace
-from nasplat.strategy import Evaluate, Explore, Explorer, History, Strategy, proposal_to_json
+from nasplat.strategy import Evaluate, Explore, Explorer, History, Report, Strategy, proposal_to_json
 from nasplat.task import Task
-from nasplat.testing.drive import Run, drive, replay, trial_rng
+from nasplat.testing.drive import drive, replay, trial_rng
 from nasplat.testing.landscapes import Landscape, TinyCell, one_max, one_max_edges, tiny, trade_off
 
 PARALLEL = [1, 4, 16]
@@ -54,9 +55,9 @@ def _snapshot(history: History) -> Any:
     )
 
 
-def _global_states() -> Any:
-    name, keys, *rest = np.random.get_state(legacy=True)  # noqa: NPY002
-    return random.getstate(), (name, keys.tolist(), *rest), torch.get_rng_state().tolist()
+def _global_states() -> list[bytes]:
+    states = random.getstate(), np.random.get_state(legacy=False), torch.get_rng_state().tolist()  # noqa: NPY002
+    return [pickle.dumps(state) for state in states]
 
 
 class StrategyContract:
@@ -83,7 +84,7 @@ class StrategyContract:
     def test_is_plain_data(self, strategy: Strategy) -> None:
         """A frozen dataclass: known by its fields, equal after pickling, readable."""
         assert dataclasses.is_dataclass(strategy)
-        assert type(strategy).__dataclass_params__.frozen  # type: ignore[attr-defined]
+        assert type(strategy).__dataclass_params__.frozen
         assert isinstance(strategy, Strategy)
         assert _again(strategy) == strategy
         assert canonical(describe(_again(strategy))) == canonical(describe(strategy))
@@ -145,9 +146,7 @@ class StrategyContract:
 
     @pytest.mark.parametrize("fails", ["first", "every third", "all"])
     @pytest.mark.parametrize("in_flight", [1, 4])
-    def test_survives_failed_trials(
-        self, strategy: Strategy, landscape: Landscape, fails: str, in_flight: int
-    ) -> None:
+    def test_survives_failed_trials(self, strategy: Strategy, landscape: Landscape, fails: str, in_flight: int) -> None:
         """A failed trial is no reason to raise."""
         rule = {"first": lambda n: n < 30, "every third": lambda n: n % 3 == 0, "all": lambda n: True}[fails]
         run = drive(strategy, landscape, self.trials, in_flight=in_flight, fails=rule)
@@ -198,32 +197,25 @@ class StrategyContract:
 
 
 class RecordingContext:
-    """A worker's context for tests: keeps reports and states, and can end a run after some epochs.
+    """A worker's context for tests: keeps the last state, and can kill the run.
 
     States go through ``torch.save`` and a load that takes nothing but tensors and plain values.
 
     Attributes:
         device: The CPU.
         seed: As given.
-        reports: Metrics of each epoch, by its number.
         steps: Optimisation steps so far.
         stored: The last state, as bytes.
     """
 
-    def __init__(self, seed: int = 0, stop_after: int | None = None, kill_after: int | None = None) -> None:
+    def __init__(self, seed: int = 0, kill_at: int | None = None, kill_before_saving: bool = False) -> None:
         self.device = torch.device("cpu")
         self.seed = seed
-        self.reports: dict[int, dict[str, float]] = {}
         self.steps = 0
         self.stored: bytes | None = None
-        self._stop_after = stop_after
-        self._kill_after = kill_after
+        self._kill_at = kill_at
+        self._kill_before_saving = kill_before_saving
         self._saves = 0
-
-    def report(self, metrics: Mapping[str, float], step: int) -> bool:
-        """Keep the metrics; False from the epoch at which to stop."""
-        self.reports[step] = dict(metrics)
-        return self._stop_after is None or step < self._stop_after
 
     @contextmanager
     def step(self) -> Iterator[None]:
@@ -232,12 +224,15 @@ class RecordingContext:
         yield
 
     def save(self, state: Mapping[str, Any]) -> None:
-        """Keep the state; then be killed, where that was asked for."""
+        """Keep the state; before or after it be killed, where that was asked for."""
+        self._saves += 1
+        killed = self._saves == self._kill_at
+        if killed and self._kill_before_saving:
+            raise KeyboardInterrupt
         stream = io.BytesIO()
         torch.save(dict(state), stream)
         self.stored = stream.getvalue()
-        self._saves += 1
-        if self._saves == self._kill_after:
+        if killed:
             raise KeyboardInterrupt
 
     def load(self) -> dict[str, Any] | None:
@@ -246,6 +241,36 @@ class RecordingContext:
             return None
         state: dict[str, Any] = torch.load(io.BytesIO(self.stored), weights_only=True)
         return state
+
+
+def explore(
+    explorer: Explorer,
+    space: SearchSpace,
+    task: Task,
+    context: RecordingContext,
+    reports: list[Report] | None = None,
+    stop_after: int | None = None,
+) -> list[Architecture]:
+    """Run an explorer as a worker does: torch is seeded, then its reports are taken one by one.
+
+    Args:
+        explorer: What explores.
+        space: Where.
+        task: On what.
+        context: Seed, steps and states.
+        reports: Filled with what it reports, as far as it gets.
+        stop_after: Number of reports after which it is told to end.
+    """
+    reports = [] if reports is None else reports
+    torch.manual_seed(context.seed)
+    steps = explorer.explore(space, task, trial_rng(context.seed, 0), context)
+    try:
+        report = next(steps)
+        while True:
+            reports.append(report)
+            report = steps.send(stop_after is None or len(reports) < stop_after)
+    except StopIteration as stop:
+        return list(stop.value)
 
 
 class ExplorerContract:
@@ -272,67 +297,63 @@ class ExplorerContract:
         """Few and small images."""
         return Task.digits(limit=64)
 
-    def _explore(
-        self, explorer: Explorer, space: SearchSpace, task: Task, context: RecordingContext
-    ) -> list[Architecture]:
-        # As a worker does: torch's global generator is seeded, the rest comes from rng.
-        torch.manual_seed(context.seed)
-        return list(explorer.explore(space, task, trial_rng(context.seed, 0), context))
-
     def test_is_plain_data(self, explorer: Explorer) -> None:
         """A frozen dataclass: known by its fields, equal after pickling."""
         assert dataclasses.is_dataclass(explorer)
-        assert type(explorer).__dataclass_params__.frozen  # type: ignore[attr-defined]
+        assert type(explorer).__dataclass_params__.frozen
         assert isinstance(explorer, Explorer)
         assert _again(explorer) == explorer
         assert canonical(describe(_again(explorer))) == canonical(describe(explorer))
 
     def test_finds_valid_architectures(self, explorer: Explorer, space: SearchSpace, task: Task) -> None:
         """At least one, all of the space; an epoch is one report, counted from 1, with finite metrics."""
-        context = RecordingContext()
-        found = self._explore(explorer, space, task, context)
+        context, reports = RecordingContext(), list[Report]()
+        found = explore(explorer, space, task, context, reports)
         assert len(found) >= 1
         for architecture in found:
             assert space.architecture(architecture.genes) == architecture
-        assert list(context.reports) == list(range(1, self.epochs + 1))
-        assert all(np.isfinite(value) for metrics in context.reports.values() for value in metrics.values())
+        assert [report.step for report in reports] == list(range(1, self.epochs + 1))
+        assert all(math.isfinite(value) for report in reports for value in report.metrics.values())
         assert context.steps >= self.epochs
 
     def test_seed(self, explorer: Explorer, space: SearchSpace, task: Task) -> None:
         """The same seed repeats the run to the last bit; another one does not."""
-        contexts = [RecordingContext(seed) for seed in (0, 0, 1)]
-        found = [self._explore(_again(explorer), space, task, context) for context in contexts]
-        assert found[0] == found[1]
-        assert contexts[0].reports == contexts[1].reports
-        assert contexts[0].reports != contexts[2].reports
+        runs = []
+        for seed in (0, 0, 1):
+            reports: list[Report] = []
+            runs.append((explore(_again(explorer), space, task, RecordingContext(seed), reports), reports))
+        assert runs[0] == runs[1]
+        assert runs[0][1] != runs[2][1]
 
-    @pytest.mark.parametrize("kill_after", [1, 2])
+    @pytest.mark.parametrize("kill_before_saving", [False, True])
     def test_resumed_is_uninterrupted(
-        self, explorer: Explorer, space: SearchSpace, task: Task, kill_after: int
+        self, explorer: Explorer, space: SearchSpace, task: Task, kill_before_saving: bool
     ) -> None:
-        """A killed run that goes on from its state ends with the same state, to the last bit."""
-        whole = RecordingContext()
-        found = self._explore(explorer, space, task, whole)
-        killed = RecordingContext(kill_after=kill_after)
+        """A run killed at the second epoch's save, that goes on from its state, ends the same to the last bit."""
+        whole, reports = RecordingContext(), list[Report]()
+        found = explore(explorer, space, task, whole, reports)
+        context, before = RecordingContext(kill_at=2, kill_before_saving=kill_before_saving), list[Report]()
         with pytest.raises(KeyboardInterrupt):
-            self._explore(explorer, space, task, killed)
-        resumed = RecordingContext()
-        resumed.stored = killed.stored
-        assert self._explore(_again(explorer), space, task, resumed) == found
-        assert len(resumed.reports) < self.epochs, "began again instead of going on"
-        assert {**killed.reports, **resumed.reports} == whole.reports
+            explore(explorer, space, task, context, before)
+        resumed, after = RecordingContext(), list[Report]()
+        resumed.stored = context.stored
+        assert explore(_again(explorer), space, task, resumed, after) == found
+        assert after[0].step > 1, "began again instead of going on"
+        assert after[0].step <= before[-1].step + 1, "left out the report of an epoch"
+        assert before == reports[:2]
+        assert after == reports[after[0].step - 1 :]
         assert_same(resumed.load(), whole.load())
 
     def test_ends_when_told(self, explorer: Explorer, space: SearchSpace, task: Task) -> None:
-        """A report that returns False ends the run with what was found so far."""
-        context = RecordingContext(stop_after=1)
-        assert len(self._explore(explorer, space, task, context)) >= 1
-        assert list(context.reports) == [1]
+        """An explorer that is told to end returns what it found so far."""
+        reports: list[Report] = []
+        assert len(explore(explorer, space, task, RecordingContext(), reports, stop_after=1)) >= 1
+        assert len(reports) == 1
 
     def test_leaves_global_generators_alone(self, explorer: Explorer, space: SearchSpace, task: Task) -> None:
         """Python's and NumPy's. Torch's is the worker's to seed and the explorer's to use."""
         before = _global_states()[:2]
-        self._explore(explorer, space, task, RecordingContext())
+        explore(explorer, space, task, RecordingContext())
         assert _global_states()[:2] == before
 
 
@@ -351,6 +372,3 @@ def assert_same(a: Any, b: Any, path: str = "state") -> None:
             assert_same(x, y, f"{path}[{index}]")
     else:
         assert a == b, path
-
-
-__all__ = ["ExplorerContract", "RecordingContext", "Run", "StrategyContract", "assert_same"]

@@ -2,7 +2,7 @@ import copy
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F  # noqa: N812
@@ -20,6 +20,7 @@ def test_sign_has_two_values_and_zero_is_positive() -> None:
     assert sign(torch.tensor(VALUES, requires_grad=True)).tolist() == SIGNS
 
 
+@settings(deadline=None)
 @given(st.lists(st.floats(allow_nan=False, width=32), min_size=1, max_size=20))
 def test_sign_is_one_where_not_negative(values: list[float]) -> None:
     x = torch.tensor(values)
