@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
-from nasplat.errors import FolderInUseError, JournalError
+from nasplat.errors import FolderError, FolderInUseError, JournalError
 
 try:
     import fcntl
@@ -76,7 +76,7 @@ class Journal:
         self._lock = (folder / LOCK).open("a+")
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        except BlockingIOError as error:
             self._lock.seek(0)
             holder = self._lock.read().strip() or "unknown"
             self._lock.close()
@@ -84,6 +84,9 @@ class Journal:
                 f"{folder} is held by a running study (process {holder}). Wait for it, stop it, or use another folder; "
                 f"nasplat.load({str(folder)!r}) reads it while it runs"
             ) from error
+        except OSError as error:
+            self._lock.close()
+            raise FolderError(f"{folder} cannot be held ({error}): its file system must offer flock") from error
         self._lock.truncate(0)
         self._lock.write(str(os.getpid()))
         self._lock.flush()
@@ -127,7 +130,10 @@ class Journal:
         if self._file is not None:
             self._file.close()
             self._file = None
-        self._lock.close()
+        if not self._lock.closed:
+            # Said aloud: a child forked meanwhile has the file open too, and would hold the folder on.
+            fcntl.flock(self._lock, fcntl.LOCK_UN)
+            self._lock.close()
 
     def __enter__(self) -> Journal:
         return self

@@ -6,10 +6,11 @@ of the events, applied again in order, gives the same history.
 
 from __future__ import annotations
 
+import json
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -17,6 +18,7 @@ import numpy as np
 from nasplat.architecture import Architecture
 from nasplat.errors import InvalidInputError, JournalError
 from nasplat.strategy import (
+    FINAL,
     Evaluate,
     Explore,
     History,
@@ -204,8 +206,13 @@ class Search:
         """Trials that count against ``max_trials``: all but the refused and the copied."""
         return self._worked
 
-    def next(self) -> Assignment | None:
-        """The next trial to work on; None for "nothing now" (see :attr:`over` for whether there will be more)."""
+    def next(self, *, ask: bool = True) -> Assignment | None:
+        """The next trial to work on; None for "nothing now" (see :attr:`over` for whether there will be more).
+
+        Args:
+            ask: Whether the strategy is asked once nothing unfinished or enqueued is left.
+        """
+        self.over = ""
         if self._again:
             number = self._again.popleft()
             proposal = self.history.trials[number].proposal
@@ -214,18 +221,18 @@ class Search:
                 return self._assignment(number, proposal)
             # Killed between the two events of a copy.
             self._copy(number, twin)
-            return self.next()
+            return self.next(ask=ask)
         while True:
             reason = self._limit_reached()
             if reason:
                 self.over = reason
                 return None
             number = len(self.history)
-            asked = (
-                Evaluate(self._queue[0], notes={"enqueued": True})
-                if self._queue
-                else self.strategy.propose(self.history, self._rng(number))
-            )
+            asked: Proposal | None = None
+            if self._queue:
+                asked = Evaluate(self._queue[0], notes={"enqueued": True})
+            elif ask:
+                asked = self.strategy.propose(self.history, self._rng(number))
             if asked is None:
                 if not self.history.running:
                     self.over = "the strategy has nothing more to propose"
@@ -234,15 +241,10 @@ class Search:
             twin = self._twin(asked, before=number)
             if twin is not None and twin.state == "running":
                 return None
-            self._emit(
-                {
-                    "event": "start",
-                    "trial": number,
-                    "proposal": proposal_to_json(asked),
-                    "at": self.elapsed,
-                },
-                asked,
-            )
+            # Through JSON, so that a strategy sees the same notes now and after a resume (lists, not tuples).
+            record = json.loads(json.dumps(proposal_to_json(asked), allow_nan=False))
+            asked = replace(asked, notes=record.get("notes", {}))
+            self._emit({"event": "start", "trial": number, "proposal": record, "at": self.elapsed}, asked)
             if twin is None:
                 return self._assignment(number, asked)
             self._copy(number, twin)
@@ -268,10 +270,16 @@ class Search:
             and isinstance(trial.proposal, Evaluate)
             and trial.proposal.weights_of is None
             and trial.proposal.budget == proposal.budget
-            and trial.state in ("complete", "infeasible", "running")
+            and (trial.state in ("complete", "running") or (trial.state == "infeasible" and self._refused(trial)))
             and trial.copy_of is None
         ]
         return min(twins, key=lambda trial: trial.state == "running", default=None)
+
+    def _refused(self, trial: Trial) -> bool:
+        """Whether what is known of a trial breaks a limit that holds now: a resumed study may have relaxed it."""
+        return any(
+            limit.metric in trial.metrics and limit.violation(trial.metrics) > 0 for limit in self.history.constraints
+        )
 
     def _copy(self, number: int, twin: Trial) -> None:
         self._finish(number, Outcome(twin.state, twin.metrics, twin.reason), copy_of=twin.number)
@@ -279,6 +287,8 @@ class Search:
     def _check(self, proposal: Proposal) -> None:
         if isinstance(proposal, Explore):
             return
+        if not isinstance(proposal, Evaluate):
+            raise InvalidInputError(f"{proposal!r} was proposed; an Evaluate, an Explore or None is needed")
         space = self.history.space
         if not space.owns(proposal.architecture):
             raise InvalidInputError(
@@ -303,6 +313,8 @@ class Search:
 
     def report(self, number: int, report: Report) -> bool:
         """Book one epoch. False: the strategy ends the trial here; finish it as ``stopped``."""
+        # Before it is recorded: an event that cannot be applied would make the journal unreadable.
+        self.history.check_step(number, report.step)
         self._emit(
             {
                 "event": "report",
@@ -321,6 +333,14 @@ class Search:
         return self._finish(number, outcome, copy_of=None)
 
     def _finish(self, number: int, outcome: Outcome, copy_of: int | None) -> Trial:
+        # Before it is recorded: an event that cannot be applied would make the journal unreadable.
+        if self.history.trials[number].state != "running" or outcome.state not in FINAL:
+            raise InvalidInputError(
+                f"trial {number}, {self.history.trials[number].state}, cannot end as {outcome.state!r}; "
+                f"a running trial can, as {', '.join(FINAL)}"
+            )
+        for architecture in outcome.found:
+            self._check(Evaluate(architecture))
         event: Event = {
             "event": "finish",
             "trial": number,

@@ -99,7 +99,7 @@ class SearchSpace(ABC):
     # What a space may override.
 
     @property
-    def groups(self) -> Mapping[str, Group]:
+    def choice_groups(self) -> Mapping[str, Group]:
         """Groups of choices of which only some are on. Default: none."""
         return {}
 
@@ -184,7 +184,7 @@ class SearchSpace(ABC):
 
     @cached_property
     def _groups(self) -> tuple[Group, ...]:
-        groups = tuple(self.groups.values())
+        groups = tuple(self.choice_groups.values())
         seen: set[str] = set()
         for group in groups:
             for name in group.names:

@@ -230,15 +230,19 @@ class History:
 
         A trial that begins again after a kill reports its steps again: what it had reported from there on is dropped.
         """
-        trial = self._of_running(number)
-        if not 1 <= report.step <= len(trial.reports) + 1:
-            raise InvalidInputError(
-                f"trial {number} reports step {report.step}; steps count from 1 without gaps, "
-                f"and it has reported {len(trial.reports)}"
-            )
+        self.check_step(number, report.step)
+        trial = self._trials[number]
         reports = (*trial.reports[: report.step - 1], MappingProxyType(dict(report.metrics)))
         self._trials[number] = replace(trial, reports=reports)
         self.revision += 1
+
+    def check_step(self, number: int, step: int) -> None:
+        """Raise InvalidInputError where trial ``number`` cannot report ``step`` now."""
+        reported = len(self._of_running(number).reports)
+        if not 1 <= step <= reported + 1:
+            raise InvalidInputError(
+                f"trial {number} reports step {step}; steps count from 1 without gaps, and it has reported {reported}"
+            )
 
     def finish(self, number: int, **outcome: Any) -> Trial:
         """Book the end of a running trial. Called by the search alone."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
@@ -170,13 +170,20 @@ class Task:
             x, y = torch.as_tensor(x), torch.as_tensor(y)
             if len(x) != len(y) or len(x) == 0:
                 raise InvalidInputError(f"{label}: {len(x)} inputs and {len(y)} targets; equal and more than 0 needed")
-            tensors.append((x.float(), y))
+            # Classes come as any integer type; cross-entropy takes int64.
+            integers = not (y.is_floating_point() or y.is_complex() or y.dtype == torch.bool)
+            tensors.append((x.float(), y.long() if integers else y))
         train, val, test = tensors
         assert train is not None
         if val is None:
             if not 0 < validation < 1:
                 raise InvalidInputError(f"validation is {validation}; a share in (0, 1), or give x_validation")
             kept, held = TensorSource(*train).split(1 - validation, seed=0)
+            if not len(kept) or not len(held):
+                raise InvalidInputError(
+                    f"a share of {validation} of {len(kept) + len(held)} examples, class by class, leaves {len(kept)} to "
+                    f"train and {len(held)} to validate with; give x_validation and y_validation"
+                )
             train, val = (kept.x, kept.y), (held.x, held.y)
         return cls(name, TensorData(*train, *val, *(test or ())), Recipe(**recipe), loss, metrics or {})
 
@@ -208,6 +215,12 @@ class Task:
         **recipe: Any,
     ) -> Task:
         """Loaders that yield (inputs, targets) batches. ``name`` is their identity; batch size is their own."""
+        for label, loader in (("train", train), ("validation", validation), ("test", test)):
+            if isinstance(loader, Iterator):
+                raise InvalidInputError(
+                    f"{label} is {loader!r}, which can be gone through only once; a DataLoader, a list of batches, or "
+                    "anything else that starts anew each time it is iterated is needed"
+                )
         return cls(name, LoaderData(name, train, validation, test), Recipe(**recipe), loss, metrics or {})
 
     @classmethod

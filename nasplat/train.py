@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from nasplat.data.sources import Source
-from nasplat.errors import NonFiniteError
+from nasplat.errors import InvalidInputError, NonFiniteError
 from nasplat.nn import set_binarisation
 from nasplat.strategy import Report
 from nasplat.task import Recipe, Task
@@ -77,8 +77,15 @@ class Training:
                 self._begin_phase()
             train_loss = self._train_epoch(splits.train)
             self.epoch += 1
-            scores = evaluate(self.model, self.task, splits.validation, "val", self.device, self._step)
-            yield Report(self.epoch, {"train_loss": train_loss, **scores})
+            yield Report(self.epoch, {"train_loss": train_loss, **self.validate()})
+
+    def validate(self) -> dict[str, float]:
+        """Metrics on the validation split.
+
+        Raises:
+            NonFiniteError: A metric is NaN or infinite.
+        """
+        return evaluate(self.model, self.task, self.task.load().validation, "val", self.device, self._step)
 
     def _train_epoch(self, source: Source) -> float:
         recipe = self.task.recipe
@@ -89,6 +96,8 @@ class Training:
         auxiliary_weight: Any = getattr(self.model, "auxiliary_weight", 0.0)
         total, count = torch.zeros((), device=self.device), 0
         for index, (x, y) in enumerate(source.batches(recipe.batch_size, self._order)):
+            if index and len(x) == 1:
+                continue  # a last batch of one example has no variance for a batch norm
             with self._step():
                 if recipe.schedule == "cosine":
                     # Without a known length (a loader) the rate changes by the epoch.
@@ -107,7 +116,9 @@ class Training:
                 self.optimiser.step()
                 total += loss.detach() * len(x)
                 count += len(x)
-        mean = float(total) / max(count, 1)
+        if not count:
+            raise InvalidInputError(f"the training data gave no batch in epoch {self.epoch + 1}: a loader must start anew")
+        mean = float(total) / count
         if not math.isfinite(mean):
             raise NonFiniteError(f"the training loss is {mean} in epoch {self.epoch + 1}")
         return mean
@@ -186,8 +197,8 @@ def augment(x: Tensor, kinds: tuple[str, ...], generator: torch.Generator) -> Te
         x = shifted.permute(0, 3, 1, 2) * inside
     if "cutout" in kinds:
         cy, cx = draw(h), draw(w)
-        hole_y = (rows - cy[:, None]).abs() <= h // 4
-        hole_x = (columns - cx[:, None]).abs() <= w // 4
+        from_y, from_x = rows - cy[:, None] + h // 4, columns - cx[:, None] + w // 4
+        hole_y, hole_x = (from_y >= 0) & (from_y < h // 2), (from_x >= 0) & (from_x < w // 2)
         x = x * ~(hole_y[:, None, :, None] & hole_x[:, None, None, :])
     return x
 

@@ -132,38 +132,46 @@ class Worker:
             yield found.outcome("infeasible", broken)
             return
         begin = time.monotonic()
-        last: Mapping[str, float] = {}
         stopped = False
         epochs = 0 if proposal.budget == 0 else max(1, round(proposal.budget * self.task.recipe.epochs))
         training = Training(model, self.task, device, assignment.seed, clock.step)
         own = trial_folder(self.folder, assignment.number) / "checkpoint.pt"
-        self._begin_from(training, assignment, own)
+        first, last = self._begin_from(training, assignment, own)
         saved = time.monotonic()
         for report in training.epochs(epochs):
-            last = report.metrics
-            if (yield report) is False and report.step < epochs:
+            last = dict(report.metrics)
+            # A trial counts its own epochs, wherever its weights came from.
+            if (yield Report(report.step - first, last)) is False and report.step < epochs:
                 stopped = True
                 break
             if time.monotonic() - saved > CHECKPOINT_SECONDS:
-                save_checkpoint(training.state(), own)
+                save_checkpoint({**training.state(), "first": first, "last": last}, own)
                 saved = time.monotonic()
+        if not last and (epochs or proposal.weights_of is not None):
+            # Nothing was left to train: the weights that it began with are what is scored.
+            last = training.validate()
         found.metrics.update(last)
         if epochs:
             found.metrics["train_seconds"] = time.monotonic() - begin
         model.eval()
         self._measure(model, example, True, found)
-        self._save(training, assignment.number, found, goes_on=proposal.budget < 1 or stopped)
+        self._save(training, assignment.number, found, first, last, proposal.budget < 1 or stopped)
         yield found.outcome("stopped" if stopped else "complete", "ended early by the strategy" if stopped else "")
 
-    def _begin_from(self, training: Training, assignment: Assignment, own: Path) -> None:
-        """Load what the training goes on from: its own interrupted run, or the trial named by the proposal."""
+    def _begin_from(self, training: Training, assignment: Assignment, own: Path) -> tuple[int, dict[str, float]]:
+        """Load what the training goes on from: its own interrupted run, or the trial named by the proposal.
+
+        Returns:
+            The epoch that the trial began at, and the metrics of the last epoch that it had reported itself.
+        """
         proposal = assignment.proposal
         assert isinstance(proposal, Evaluate)
         if own.exists():
-            training.load_state(load_checkpoint(own))
-            return
+            state = load_checkpoint(own)
+            training.load_state(state)
+            return state["first"], state["last"]
         if proposal.weights_of is None:
-            return
+            return 0, {}
         source = trial_folder(self.folder, proposal.weights_of)
         if assignment.source == proposal.architecture and (source / "checkpoint.pt").exists():
             training.load_state(load_checkpoint(source / "checkpoint.pt"))
@@ -172,13 +180,15 @@ class Worker:
             self.space.inherit(training.model, assignment.source, load_file(source / "weights.safetensors"))
         else:
             raise InvalidInputError(f"trial {proposal.weights_of} kept no weights to go on from")
+        return training.epoch, {}
 
-    def _save(self, training: Training, number: int, found: _Found, *, goes_on: bool) -> None:
+    def _save(self, training: Training, number: int, found: _Found, first: int, last: Mapping[str, float], goes_on: bool) -> None:
         """Keep the weights, and what a later trial needs to go on from here."""
         folder = trial_folder(self.folder, number)
         save_weights(training.model.state_dict(), folder / "weights.safetensors")
         if goes_on:
-            save_checkpoint(training.state(), folder / "checkpoint.pt")
+            state = {**training.state(), "first": first, "last": dict(last)}
+            save_checkpoint(state, folder / "checkpoint.pt")
         else:
             (folder / "checkpoint.pt").unlink(missing_ok=True)
         if found.samples:
@@ -225,10 +235,15 @@ class Worker:
             except StopIteration as end:
                 architectures = tuple(end.value or ())
                 break
-            found.metrics.update(_finite(report.metrics))
-            go_on = (yield report) is not False
+            metrics = _finite(report.metrics)
+            found.metrics.update(metrics)
+            go_on = (yield Report(report.step, metrics)) is not False
         if not architectures:
             raise InvalidInputError(f"{proposal.explorer!r} found no architecture")
+        for architecture in architectures:
+            if not self.space.owns(architecture):
+                raise InvalidInputError(f"{proposal.explorer!r} found {architecture!r}, which is not of {self.space!r}")
+            self.space.architecture(architecture.genes)
         found.metrics["train_seconds"] = time.monotonic() - begin
         (folder / "checkpoint.pt").unlink(missing_ok=True)
         yield found.outcome("complete", found=architectures)
@@ -354,7 +369,10 @@ def _seeded(seed: int) -> Iterator[None]:
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
     random.seed(seed)
     np.random.seed(seed)  # noqa: NPY002
-    torch.manual_seed(seed)
+    # Not torch.manual_seed: it queues a call, with a formatted stack, for every accelerator that is not there.
+    torch.default_generator.manual_seed(seed)
+    if cuda:
+        torch.cuda.manual_seed_all(seed)
     try:
         yield
     finally:

@@ -74,7 +74,7 @@ class Bats(SearchSpace):
     Attributes:
         cells: Number of cells. The ones at a third and two thirds are reduction cells; see :meth:`reductions`.
         channels: Channels of a node before the first reduction; doubled by each.
-        conv_groups: Groups of the 3x3 and 5x5 convolutions, the same in the whole network.
+        groups: Groups of the 3x3 and 5x5 convolutions, the same in the whole network.
         in_channels: Channels of an image.
         classes: Number of classes.
         stem: ``"cifar"``: a 3x3 convolution to ``3 * channels``. ``"imagenet"``: three 3x3 convolutions of stride 2.
@@ -88,7 +88,7 @@ class Bats(SearchSpace):
 
     cells: int = 20
     channels: int = 36
-    conv_groups: int = 12
+    groups: int = 12
     in_channels: int = 3
     classes: int = 10
     stem: Literal["cifar", "imagenet"] = "cifar"
@@ -99,11 +99,11 @@ class Bats(SearchSpace):
     TEMPERATURES: ClassVar[Mapping[str, float]] = MappingProxyType({"normal": 0.2, "reduction": 0.15})
 
     def __post_init__(self) -> None:
-        for name in ("cells", "channels", "conv_groups", "in_channels", "classes", "stem_stride", "shuffle"):
+        for name in ("cells", "channels", "groups", "in_channels", "classes", "stem_stride", "shuffle"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise InvalidInputError(f"Bats: {name} is {value!r}; legal: an integer from 1 up")
-        for name in ("conv_groups", "shuffle"):
+        for name in ("groups", "shuffle"):
             if self.channels % getattr(self, name):
                 divisors = ", ".join(str(n) for n in range(1, self.channels + 1) if self.channels % n == 0)
                 raise InvalidInputError(
@@ -132,7 +132,7 @@ class Bats(SearchSpace):
         Args:
             overrides: Any attribute, e.g. ``Bats.small(in_channels=3, classes=100)``.
         """
-        return cls(**{"cells": 3, "channels": 8, "conv_groups": 2, "in_channels": 1, "stem_stride": 2, **overrides})
+        return cls(**{"cells": 3, "channels": 8, "groups": 2, "in_channels": 1, "stem_stride": 2, **overrides})
 
     @classmethod
     def cifar(cls, **overrides: Any) -> Self:
@@ -141,7 +141,7 @@ class Bats(SearchSpace):
         Args:
             overrides: Any attribute, e.g. ``Bats.cifar(classes=100)``.
         """
-        return cls(**{"cells": 20, "channels": 36, "conv_groups": 12, **overrides})
+        return cls(**{"cells": 20, "channels": 36, "groups": 12, **overrides})
 
     @classmethod
     def imagenet(cls, wide: bool = False, **overrides: Any) -> Self:
@@ -151,7 +151,7 @@ class Bats(SearchSpace):
             wide: 120 channels in 24 groups instead: the paper's "2x-wider".
             overrides: Any other attribute.
         """
-        width = {"channels": 120, "conv_groups": 24} if wide else {"channels": 80, "conv_groups": 16}
+        width = {"channels": 120, "groups": 24} if wide else {"channels": 80, "groups": 16}
         return cls(**{"cells": 14, **width, "classes": 1000, "stem": "imagenet", **overrides})
 
     def reductions(self) -> tuple[int, ...]:
@@ -170,7 +170,7 @@ class Bats(SearchSpace):
         )
 
     @property
-    def groups(self) -> Mapping[str, Group]:
+    def choice_groups(self) -> Mapping[str, Group]:
         """Two edges of each node are on."""
         return {
             f"{kind}/node{node}": Group(tuple(_edge(kind, node, source) for source in range(node)), 2, "zero")
@@ -281,7 +281,7 @@ def _operation(name: str, channels: int, stride: int, space: Bats, *, search: bo
         kernel_size,
         stride=stride,
         dilation=2 if name.startswith("dil_") else 1,
-        groups=space.conv_groups,
+        groups=space.groups,
         shuffle=space.shuffle,
         affine=not search,
         binary_weights=not search,

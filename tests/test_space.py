@@ -39,7 +39,7 @@ class Toy(SearchSpace):
         }
 
     @property
-    def groups(self) -> Mapping[str, Group]:
+    def choice_groups(self) -> Mapping[str, Group]:
         return {
             "a": Group(tuple(f"a/{i}" for i in range(self.edges)), self.pick, "off"),
             "b": Group(("b/0", "b/1"), 1, "none"),
@@ -164,7 +164,7 @@ def test_crossover_takes_a_group_whole() -> None:
     donors = set()
     for _ in range(50):
         child = space.crossover(a, b, rng)
-        genes = [tuple(x.genes[name] for name in space.groups["a"].names) for x in (child, a, b)]
+        genes = [tuple(x.genes[name] for name in space.choice_groups["a"].names) for x in (child, a, b)]
         assert genes[0] in genes[1:]
         donors.add(genes[0])
     assert len(donors) == 2
@@ -320,7 +320,7 @@ def test_options_must_be_different(options: tuple[Option, ...]) -> None:
 def test_impossible_groups_are_refused(group: Group) -> None:
     class Grouped(Free):
         @property
-        def groups(self) -> Mapping[str, Group]:
+        def choice_groups(self) -> Mapping[str, Group]:
             return {"g": group}
 
     with pytest.raises(InvalidInputError, match="group of Grouped"):

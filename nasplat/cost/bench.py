@@ -8,7 +8,6 @@ dies lets go of both. The same locks serve any number of studies on the machine.
 from __future__ import annotations
 
 import fcntl
-import getpass
 import os
 import tempfile
 from collections.abc import Iterator
@@ -25,7 +24,7 @@ class Bench:
         Args:
             folder: Where the lock files lie; None is one place per user and machine.
         """
-        self.folder = folder or Path(tempfile.gettempdir()) / f"nasplat-bench-{getpass.getuser()}"
+        self.folder = folder or Path(tempfile.gettempdir()) / f"nasplat-bench-{os.getuid()}"
         self._open: tuple[int, int, int] | None = None
 
     def _locks(self) -> tuple[int, int]:
@@ -41,12 +40,12 @@ class Bench:
     def training(self) -> Iterator[None]:
         """Around one step of training: waits while a measurement runs or is asked for."""
         gate, room = self._locks()
-        fcntl.flock(gate, fcntl.LOCK_SH)
         try:
-            fcntl.flock(room, fcntl.LOCK_SH)
-        finally:
-            fcntl.flock(gate, fcntl.LOCK_UN)
-        try:
+            try:
+                fcntl.flock(gate, fcntl.LOCK_SH)
+                fcntl.flock(room, fcntl.LOCK_SH)
+            finally:
+                fcntl.flock(gate, fcntl.LOCK_UN)
             yield
         finally:
             fcntl.flock(room, fcntl.LOCK_UN)
@@ -55,8 +54,8 @@ class Bench:
     def measuring(self) -> Iterator[None]:
         """Around one measurement: waits for the measurement before it and for the steps under way."""
         gate, room = self._locks()
-        fcntl.flock(gate, fcntl.LOCK_EX)
         try:
+            fcntl.flock(gate, fcntl.LOCK_EX)
             fcntl.flock(room, fcntl.LOCK_EX)
             yield
         finally:

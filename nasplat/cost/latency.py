@@ -67,13 +67,14 @@ class Latency:
         x = example.repeat(self.batch, *([1] * (example.ndim - 1)))
         if x.ndim == 4:
             x = x.contiguous(memory_format=torch.channels_last)
-        was_training = model.training
+        were_training = [(module, module.training) for module in model.modules()]
         try:
             model.eval()
             with bench.measuring(), _steady(self.threads, x.device) as core, torch.inference_mode():
                 samples = self._time(model, x)
         finally:
-            model.train(was_training)
+            for module, was_training in were_training:
+                module.training = was_training
         median = statistics.median(samples)
         values = {
             "latency_ms": median,

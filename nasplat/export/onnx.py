@@ -36,8 +36,9 @@ class Onnx:
     """An ONNX file, compared with the model through onnxruntime as it is used by default, on one CPU thread.
 
     onnxruntime sums convolutions in another order than torch. The last bits therefore differ, and where an activation
-    is as good as on the threshold of a sign, a bit of a binary network can flip. That is no fault of a setting: with
-    graph optimisations off, flips are about as rare.
+    is as good as on the threshold of a sign, a bit of a binary network can flip. No setting avoids that:
+    of 256 images in BATS networks of 8 cells and 36 channels, 15 had a flip, and 10 with graph optimisations off (all
+    kept their class); of networks of 3 cells and 8 channels, about one image in 10,000.
 
     Attributes:
         opset: Version of the operator set, at least 18, the one that torch's exporter is written in.

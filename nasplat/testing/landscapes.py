@@ -84,7 +84,7 @@ class Edges(SearchSpace):
         return table
 
     @property
-    def groups(self) -> Mapping[str, Group]:
+    def choice_groups(self) -> Mapping[str, Group]:
         """Two edges a node."""
         return {
             f"node{node}": Group(tuple(f"node{node}/from{edge}" for edge in range(4)), 2, "zero")
@@ -165,7 +165,7 @@ class TinyCell(SearchSpace):
         return {**{f"edge{index}": self.operations for index in range(3)}, "activation": ("relu", "tanh")}
 
     @property
-    def groups(self) -> Mapping[str, Group]:
+    def choice_groups(self) -> Mapping[str, Group]:
         """Two of the three edges."""
         return {"edges": Group(("edge0", "edge1", "edge2"), 2, "zero")}
 

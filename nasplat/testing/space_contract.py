@@ -182,12 +182,12 @@ class SpaceContract:
 
     def test_groups_keep_their_rule(self, space: SearchSpace) -> None:
         """Just ``pick`` choices of a group are on, after every verb, and other numbers are refused."""
-        if not space.groups:
+        if not space.choice_groups:
             return
         rng = np.random.default_rng(5)
         a, b = self.draw(space, 2)
         made = [*self.draw(space, self.samples), space.crossover(a, b, rng), *space.neighbours(a)]
-        for group in space.groups.values():
+        for group in space.choice_groups.values():
             for architecture in made:
                 on = [name for name in group.names if architecture.genes[name] != group.off]
                 assert len(on) == group.pick, f"{len(on)} of {group.names} are on, not {group.pick}"
@@ -270,7 +270,7 @@ class SpaceContract:
     def test_supernet_reaches_every_option(self, space: SearchSpace, example: Tensor) -> None:
         """With all weights positive, every parameter and the weight of every option gets a gradient."""
         supernet = _supernet(space)
-        silent = {*self.silent_options, *(group.off for group in space.groups.values())}
+        silent = {*self.silent_options, *(group.off for group in space.choice_groups.values())}
         generator = torch.Generator().manual_seed(0)
         relaxed = {
             name: torch.softmax(torch.randn(len(options), generator=generator), 0).requires_grad_()

@@ -119,7 +119,8 @@ def conv(tmp_path_factory) -> Exported:
 
 @pytest.fixture(scope="module")
 def bats(tmp_path_factory) -> Exported:
-    return exported(Bats.small(), 16, tmp_path_factory.mktemp("bats") / "best", seed=3)
+    # 28 pixels are 14, 7 and 4 inside: the odd size takes the reduction's padding.
+    return exported(Bats.small(), 28, tmp_path_factory.mktemp("bats") / "best", seed=3)
 
 
 @pytest.fixture(scope="module", params=["conv", "bats"])
@@ -139,10 +140,10 @@ def test_every_file_computes_the_models_logits(bundle):
     assert onnx.rows == len(bundle.x) + 1
 
 
-def test_bats_on_images_of_28_pixels(tmp_path):
-    done = exported(Bats.small(), 28, tmp_path / "best", seed=5)
+def test_bats_on_images_of_16_pixels(tmp_path):
+    done = exported(Bats.small(cells=2), 16, tmp_path / "best", seed=5)
     assert not done.report.bad
-    assert done.record["compared"]["input_shape"] == [200, 1, 28, 28]
+    assert done.record["compared"]["input_shape"] == [200, 1, 16, 16]
 
 
 def test_the_folder_holds_what_the_report_says(bundle):
@@ -205,8 +206,8 @@ def code_blocks(readme: str) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("file", ["model.pt2", "model.onnx"])
-def test_the_readmes_lines_run_where_nasplat_cannot_be_imported(bundle, file, tmp_path):
-    code = code_blocks((bundle.report.folder / "README.md").read_text())[file]
+def test_the_readmes_lines_run_where_nasplat_cannot_be_imported(bats, file, tmp_path):
+    code = code_blocks((bats.report.folder / "README.md").read_text())[file]
     load, run = code.rstrip().rsplit("\n", 1)
     script = tmp_path / "run.py"
     script.write_text(
@@ -245,12 +246,12 @@ for x in (batches, batches[:1], batches[:7]):
 np.save(sys.argv[3], np.concatenate(outputs))
 """
     )
-    np.save(tmp_path / "x.npy", bundle.x.numpy())
-    command = [sys.executable, "-I", script, tmp_path / "x.npy", bundle.report.folder, tmp_path / "logits.npy"]
+    np.save(tmp_path / "x.npy", bats.x.numpy())
+    command = [sys.executable, "-I", script, tmp_path / "x.npy", bats.report.folder, tmp_path / "logits.npy"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     logits = torch.from_numpy(np.load(tmp_path / "logits.npy"))
-    expected = torch.cat([logits_of(bundle.model, x) for x in (bundle.x, bundle.x[:1], bundle.x[:7])])
+    expected = torch.cat([logits_of(bats.model, x) for x in (bats.x, bats.x[:1], bats.x[:7])])
     assert compare(logits, expected).verdict in ("equal", "close")
 
 
@@ -425,7 +426,8 @@ def test_what_cannot_be_exported_is_refused_before_anything_is_written(tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_export_is_silent_and_leaves_everything_as_it_was(tmp_path, capfd, recwarn, caplog):
+def test_an_export_is_silent_and_leaves_everything_as_it_was(conv, tmp_path, capfd, recwarn, caplog):
+    # ``conv`` has imported torch.onnx already, which adds loggers and warning filters of its own.
     x = images(16, 20)
     architecture, model = made(ConvNets(), x)
     model.train()
@@ -448,10 +450,8 @@ def test_an_export_is_silent_and_leaves_everything_as_it_was(tmp_path, capfd, re
             (list(warnings.filters), loggers, Path.cwd()),
         )
 
-    export(ConvNets(), architecture, model, x, tmp_path / "first")  # imports torch.onnx, which adds loggers of its own
-    capfd.readouterr()
     before, tensors = state(), {name: value.clone() for name, value in model.state_dict().items()}
-    export(ConvNets(), architecture, model, x, tmp_path / "second")
+    export(ConvNets(), architecture, model, x, tmp_path / "best")
     assert state() == before
     assert all(torch.equal(value, tensors[name]) for name, value in model.state_dict().items())
     assert capfd.readouterr() == ("", "")

@@ -14,7 +14,7 @@ from nasplat.testing.space_contract import SpaceContract
 from search_spaces import Bats
 from search_spaces.bats import OPERATIONS, PAPER_GENES
 
-TINY = Bats(cells=3, channels=4, conv_groups=2, in_channels=1, classes=5, stem_stride=2)
+TINY = Bats(cells=3, channels=4, groups=2, in_channels=1, classes=5, stem_stride=2)
 
 
 class TestBatsContract(SpaceContract):
@@ -41,8 +41,8 @@ def test_choices_are_28_edges_of_8_operations() -> None:
         "normal/node3/from1",
         "normal/node3/from2",
     ]
-    assert len(TINY.groups) == 8
-    assert {(group.pick, group.off) for group in TINY.groups.values()} == {(2, "zero")}
+    assert len(TINY.choice_groups) == 8
+    assert {(group.pick, group.off) for group in TINY.choice_groups.values()} == {(2, "zero")}
 
 
 def test_size() -> None:
@@ -61,7 +61,7 @@ def test_temperatures_are_the_papers() -> None:
     ("cells", "reductions"), [(1, ()), (2, (1,)), (3, (1, 2)), (5, (1, 3)), (14, (4, 9)), (20, (6, 13))]
 )
 def test_reductions(cells: int, reductions: tuple[int, ...]) -> None:
-    space = Bats(cells=cells, channels=4, conv_groups=2)
+    space = Bats(cells=cells, channels=4, groups=2)
     assert space.reductions() == reductions
     assert len(space.choices) == (28 if reductions else 14)
     network = space.build(space.paper_genes())
@@ -72,9 +72,9 @@ def test_reductions(cells: int, reductions: tuple[int, ...]) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"channels": 8, "conv_groups": 3}, r"conv_groups is 3.*legal: 1, 2, 4, 8"),
-        ({"channels": 8, "conv_groups": 2, "shuffle": 3}, r"shuffle is 3.*legal: 1, 2, 4, 8"),
-        ({"channels": 9, "conv_groups": 3}, "channels is 9; legal: an even number"),
+        ({"channels": 8, "groups": 3}, r"groups is 3.*legal: 1, 2, 4, 8"),
+        ({"channels": 8, "groups": 2, "shuffle": 3}, r"shuffle is 3.*legal: 1, 2, 4, 8"),
+        ({"channels": 9, "groups": 3}, "channels is 9; legal: an even number"),
         ({"cells": 0}, "cells is 0; legal"),
         ({"classes": True}, "classes is True; legal"),
         ({"stem": "large"}, "stem is 'large'; legal: 'cifar', 'imagenet'"),
@@ -89,11 +89,11 @@ def test_bad_parameters_say_what_is_legal(arguments: dict[str, object], message:
 
 
 def test_presets() -> None:
-    assert Bats.cifar() == Bats(cells=20, channels=36, conv_groups=12, in_channels=3)
-    assert Bats.small() == Bats(cells=3, channels=8, conv_groups=2, in_channels=1, stem_stride=2)
+    assert Bats.cifar() == Bats(cells=20, channels=36, groups=12, in_channels=3)
+    assert Bats.small() == Bats(cells=3, channels=8, groups=2, in_channels=1, stem_stride=2)
     assert Bats.small(in_channels=3, classes=100).classes == 100
-    assert (Bats.imagenet().channels, Bats.imagenet().conv_groups) == (80, 16)
-    assert (Bats.imagenet(wide=True).channels, Bats.imagenet(wide=True).conv_groups) == (120, 24)
+    assert (Bats.imagenet().channels, Bats.imagenet().groups) == (80, 16)
+    assert (Bats.imagenet(wide=True).channels, Bats.imagenet(wide=True).groups) == (120, 24)
     assert Bats.small().identity != Bats.cifar().identity
 
 
@@ -221,7 +221,7 @@ def test_inherit_refuses_another_architecture() -> None:
 
 def test_build_refuses_genes_of_another_space() -> None:
     with pytest.raises(ArchitectureError):
-        TINY.build(Bats(cells=1, channels=4, conv_groups=2).paper_genes())
+        TINY.build(Bats(cells=1, channels=4, groups=2).paper_genes())
 
 
 def test_auxiliary_classifier_lives_in_training_only() -> None:

@@ -107,7 +107,7 @@ class TestEncoding:
     def test_all_of_a_group_may_be_on(self):
         class Both(Edges):
             @property
-            def groups(self):
+            def choice_groups(self):
                 return {"all": Group(("node0/from0", "node0/from1"), 2, "zero")}
 
         space = Both(1)
@@ -120,7 +120,7 @@ class TestEncoding:
     def test_too_many_combinations(self):
         class Wide(Levels):
             @property
-            def groups(self):
+            def choice_groups(self):
                 return {"all": Group(tuple(self.choices), 20, 0)}
 
         with pytest.raises(UnsupportedError, match="137846528820"):

@@ -73,7 +73,7 @@ class Good(SearchSpace):
         return {**dict.fromkeys(EDGES, tuple(OPERATIONS)), "head": ("plain", "biased")}
 
     @property
-    def groups(self) -> Mapping[str, Group]:
+    def choice_groups(self) -> Mapping[str, Group]:
         return {"edges": Group(EDGES, 2, "none")}
 
     def build(self, architecture: Architecture) -> nn.Module:
