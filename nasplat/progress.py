@@ -72,9 +72,13 @@ class Terminal:
         self._began = self._said = time.monotonic()
         if self._console.is_terminal:
             self._bar = Progress(
-                TextColumn("[bold]{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[info]}"),
-                console=self._console, transient=True,
-            )  # fmt: skip
+                TextColumn("[bold]{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[info]}"),
+                console=self._console,
+                transient=True,
+            )
             self._task = self._bar.add_task("trials", total=max_trials, completed=self._worked(), info="")
             self._bar.start()
 

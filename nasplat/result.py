@@ -16,7 +16,7 @@ from torch import nn
 
 from nasplat import journal
 from nasplat.architecture import Architecture
-from nasplat.errors import FolderError, UnsupportedError
+from nasplat.errors import FolderError, InvalidInputError, UnsupportedError
 from nasplat.identity import restore
 from nasplat.objectives import Constraint, Objective
 from nasplat.plugins import restorable
@@ -57,7 +57,8 @@ class RecordedSpace(SearchSpace):
     def build(self, architecture: Architecture) -> nn.Module:
         """Refused."""
         raise UnsupportedError(
-            f"the space {self.recorded} lives in the script that made the study: pass it, nasplat.load(folder, space=...)"
+            f"the space {self.recorded} lives in the script that made the study: "
+            "pass it, nasplat.load(folder, space=...)"
         )
 
 
@@ -243,7 +244,10 @@ def load(
     if not events:
         raise FolderError(f"no study in {path}: it has no {journal.FILE}")
     header, sessions = events[0], [event for event in events if event["event"] == "session"]
-    space = space or restored(header["space"], default=lambda: RecordedSpace(header["space_identity"]))
+    if space is None:
+        space = restored(header["space"], default=lambda: None)
+        if space is None or space.identity != header["space_identity"]:  # or the plug-in has changed since
+            space = RecordedSpace(header["space_identity"])
     if space.identity != header["space_identity"]:
         raise FolderError(f"{path} searched {header['space_identity']}; got the space {space.identity}")
     task = task or restored(header["task"], default=lambda: None)
@@ -270,5 +274,5 @@ def restored(description: Any, default: Callable[[], Any]) -> Any:
     """The object of a description, or a default where only the user's script has it."""
     try:
         return restore(description, restorable())
-    except UnsupportedError:
+    except (UnsupportedError, InvalidInputError, TypeError):  # the script's own, or a plug-in that has changed since
         return default()

@@ -46,6 +46,9 @@ from nasplat.worker import Worker, trial_folder
 ALWAYS_KNOWN = ("train_seconds", "measure_seconds")
 """Metrics that every trial may have, whatever the task and the meters."""
 
+CHECKED = 4
+"""Networks tried before a space is said not to fit its task."""
+
 ON_DEMAND: tuple[CostMeter, ...] = (Latency(),)
 """Meters that join a study when an objective or a constraint names one of their metrics."""
 
@@ -135,8 +138,14 @@ class Study:
             raise InvalidInputError(f"time_limit_s is {time_limit_s}; positive seconds, or None for no limit")
         if keep_weights not in ("front", "all"):
             raise InvalidInputError(f"keep_weights is {keep_weights!r}; legal: 'front', 'all'")
-        if torch.device(device).type == "cuda" and not torch.cuda.is_available():
-            raise InvalidInputError(f"device is {device!r}, but torch finds no CUDA device; use device='cpu'")
+        try:
+            processor = torch.device(device)
+        except RuntimeError as error:
+            raise InvalidInputError(f"device is {device!r}; legal: 'cpu', 'cuda', 'cuda:1', ...") from error
+        if processor.type == "cuda" and (processor.index or 0) >= torch.cuda.device_count():
+            raise InvalidInputError(
+                f"device is {device!r}, but torch finds {torch.cuda.device_count()} CUDA devices; use device='cpu'"
+            )
         self.space = space
         self.strategy = strategy
         self.task = task
@@ -152,6 +161,7 @@ class Study:
         self.progress = progress
         self.tracker = tracker
         self.meters = self._with_meters(tuple(meters))
+        canonical(self._identity())  # what cannot be told apart is refused now, not when there is a folder already
         self._check_folder()
 
     # What is checked beforehand.
@@ -211,13 +221,7 @@ class Study:
         if not events:
             return
         header = events[0]
-        for part, own in self._identity().items():
-            if part == "space_identity" or canonical(header[part]) == canonical(own):
-                continue
-            raise FolderMismatchError(
-                f"{self.folder} holds a study with another {part}. There: {_brief(header[part])}. "
-                f"Here: {_brief(own)}. Use another folder, or the same {part}; nothing was changed"
-            )
+        self._check_same(header)
         for name, was in header.get("sources", {}).items():
             now = self._sources().get(name)
             if now is not None and now != was:
@@ -240,6 +244,16 @@ class Study:
                     "so it cannot become an objective or a constraint of this study; use another folder"
                 )
 
+    def _check_same(self, header: Mapping[str, Any]) -> None:
+        """Refuse a folder whose journal begins with the header of another study."""
+        for part, own in self._identity().items():
+            if part == "space_identity" or canonical(header[part]) == canonical(own):
+                continue
+            raise FolderMismatchError(
+                f"{self.folder} holds a study with another {part}. There: {_brief(header[part])}. "
+                f"Here: {_brief(own)}. Use another folder, or the same {part}; nothing was changed"
+            )
+
     def _sources(self) -> dict[str, str]:
         """Hashes of the source of what the user's own script gave: a change is worth a warning."""
         given = [self.task.function, self.task.loss, *self.task.metrics.values(), getattr(self.space, "function", None)]
@@ -258,19 +272,25 @@ class Study:
         if self.task.function is not None:
             return
         example = self.task.example()
-        architecture = self.space.sample(np.random.default_rng(self.seed))
-        with torch.random.fork_rng(devices=[]), torch.no_grad():
-            model = self.space.build(architecture).eval()
+        rng = np.random.default_rng(self.seed)
+        outputs: Any = None
+        for left in reversed(range(CHECKED)):
+            architecture = self.space.sample(rng)
             try:
-                outputs = model(place(example, torch.device("cpu")))
+                with torch.random.fork_rng(devices=[]), torch.no_grad():
+                    outputs = self.space.build(architecture).eval()(place(example, torch.device("cpu")))
+                break
             except Exception as error:
-                raise InvalidInputError(
-                    f"a network of {self.space!r} cannot take the inputs of the task {self.task.name}, "
-                    f"{tuple(example.shape)}: {error}"
-                ) from error
+                # One candidate may fail, as a trial. That all of them do is worth saying before the start.
+                if not left:
+                    raise InvalidInputError(
+                        f"a network of {self.space!r} cannot take the inputs of the task {self.task.name}, "
+                        f"{tuple(example.shape)}: {error}"
+                    ) from error
         splits = self.task.load()
         target = next(iter(splits.train.batches(2)))[1]
-        if outputs.ndim == 2 and target.ndim == 1 and not target.is_floating_point():
+        classes = target.ndim == 1 and not target.is_floating_point()
+        if classes and isinstance(outputs, torch.Tensor) and outputs.ndim == 2:
             highest = max(int(y.max()) for _, y in splits.validation.batches(4096))
             if highest >= outputs.shape[1]:
                 raise InvalidInputError(
@@ -359,25 +379,24 @@ class Study:
     def evaluate(self, architecture: Architecture) -> Trial:
         """Evaluate one architecture now, in this process, as a trial of the study.
 
-        Trials that an interrupted run left unfinished are finished first. An architecture that has been evaluated
-        gives its result again (see ``retrain_duplicates``).
+        Trials that an interrupted run left unfinished, and those enqueued, come first. An architecture that has been
+        evaluated gives its result again (see ``retrain_duplicates``).
         """
         with self._opened({"evaluate": architecture.id}) as session:
             search = session.search
-            search.enqueue(architecture)
-            first = len(search.history)
-            search.begin(Limits(max_trials=10**9))
+            state = "failed"
             try:
-                while len(search.history) == first or search.history.trials[-1].state == "running":
-                    assignment = search.next()
-                    if assignment is None:
-                        break
+                search.enqueue(architecture)
+                search.begin(Limits(max_trials=10**9))
+                while (assignment := search.next(ask=False)) is not None:
                     local.run_one(search, session.worker, assignment)
-                    if search.history.trials[-1].architecture == architecture:
-                        break
+                state = "complete"
+            except KeyboardInterrupt:
+                state = "interrupted"
+                raise
             finally:
                 search.end()
-                session.close("complete")
+                session.close(state)
             return search.history.of(architecture)[-1]
 
     def result(self) -> Result:
@@ -483,6 +502,8 @@ class Study:
         if run is not None:
             self._check_build()
         with Journal(self.folder) as held:
+            if held.events:
+                self._check_same(held.events[0])  # again: it may have become another study's since
             if held.torn is not None:
                 warnings.warn(
                     f"the last line of {self.folder / journal.FILE} was torn (a crash while writing); it was moved to "
@@ -511,7 +532,7 @@ class _Session:
 
     def __init__(self, study: Study, held: Journal, run: Mapping[str, Any] | None) -> None:
         self.study = study
-        self.display: Display = Terminal() if study.progress and run is not None else Silent()
+        self.display: Display = Terminal() if study.progress and run is not None and "max_trials" in run else Silent()
         history = History(study.space, study.objectives, study.constraints)
         self.search = Search(
             study.strategy,
@@ -572,11 +593,14 @@ class _Session:
         """Delete weights that neither the front nor a later trial can need."""
         if self.study.keep_weights == "all" or not trial.full or not self._weights_of(trial.number).exists():
             return
-        front = {kept.number for kept in self.search.history.front()}
+        needed = {kept.number for kept in self.search.history.front()}
+        for other in self.search.history.running:
+            if isinstance(other.proposal, Evaluate) and other.proposal.weights_of is not None:
+                needed.add(other.proposal.weights_of)
         self._weights.add(trial.number)
-        for number in self._weights - front:
+        for number in self._weights - needed:
             self._weights_of(number).unlink(missing_ok=True)
-        self._weights &= front
+        self._weights &= needed
 
     def _check_function(self, trial: Trial) -> None:
         """A user's function that does not return an objective will not for the next candidate either."""
@@ -586,8 +610,8 @@ class _Session:
         missing = [name for name in wanted if name not in trial.metrics]
         if missing and trial.proposal.budget > 0:
             raise UnknownMetricError(
-                f"{self.study.task.name} returned {', '.join(trial.metrics)}; the study needs {', '.join(missing)} too. "
-                f"Trial {trial.number} is in {self.study.folder}"
+                f"{self.study.task.name} returned {', '.join(trial.metrics)}; the study needs {', '.join(missing)} too."
+                f" Trial {trial.number} is in {self.study.folder}"
             )
 
     # Tracking.

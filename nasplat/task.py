@@ -181,8 +181,8 @@ class Task:
             kept, held = TensorSource(*train).split(1 - validation, seed=0)
             if not len(kept) or not len(held):
                 raise InvalidInputError(
-                    f"a share of {validation} of {len(kept) + len(held)} examples, class by class, leaves {len(kept)} to "
-                    f"train and {len(held)} to validate with; give x_validation and y_validation"
+                    f"a share of {validation} of {len(kept) + len(held)} examples, class by class, leaves {len(kept)} "
+                    f"to train and {len(held)} to validate with; give x_validation and y_validation"
                 )
             train, val = (kept.x, kept.y), (held.x, held.y)
         return cls(name, TensorData(*train, *val, *(test or ())), Recipe(**recipe), loss, metrics or {})

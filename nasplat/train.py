@@ -117,7 +117,7 @@ class Training:
                 total += loss.detach() * len(x)
                 count += len(x)
         if not count:
-            raise InvalidInputError(f"the training data gave no batch in epoch {self.epoch + 1}: a loader must start anew")
+            raise InvalidInputError(f"the training data gave no batch in epoch {self.epoch + 1}; a loader starts anew")
         mean = float(total) / count
         if not math.isfinite(mean):
             raise NonFiniteError(f"the training loss is {mean} in epoch {self.epoch + 1}")

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import random
 import time
 import traceback
@@ -182,7 +181,9 @@ class Worker:
             raise InvalidInputError(f"trial {proposal.weights_of} kept no weights to go on from")
         return training.epoch, {}
 
-    def _save(self, training: Training, number: int, found: _Found, first: int, last: Mapping[str, float], goes_on: bool) -> None:
+    def _save(
+        self, training: Training, number: int, found: _Found, first: int, last: Mapping[str, float], goes_on: bool
+    ) -> None:
         """Keep the weights, and what a later trial needs to go on from here."""
         folder = trial_folder(self.folder, number)
         save_weights(training.model.state_dict(), folder / "weights.safetensors")
@@ -308,7 +309,7 @@ def save_checkpoint(state: Mapping[str, Any], path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
     torch.save(dict(state), temporary)
-    os.replace(temporary, path)
+    temporary.replace(path)
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
@@ -325,7 +326,7 @@ def save_weights(state: Mapping[str, torch.Tensor], path: Path) -> None:
     # safetensors takes contiguous tensors that share no memory (tied weights do): give each its own.
     own = {name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in state.items()}
     save_file(own, temporary)
-    os.replace(temporary, path)
+    temporary.replace(path)
 
 
 def _finite(values: Mapping[str, Any]) -> dict[str, float]:

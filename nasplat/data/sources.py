@@ -1,7 +1,7 @@
 """Where examples come from.
 
-A *data* object (``EmbeddedData``, ``TensorData``, ``DatasetData``, ``LoaderData``) is a small description that travels to
-workers and names itself for identity; ``load()`` gives its :class:`Splits`, each a :class:`Source` of batches.
+A *data* object (``EmbeddedData``, ``TensorData``, ``DatasetData``, ``LoaderData``) is a small description that travels
+to workers and names itself for identity; ``load()`` gives its :class:`Splits`, each a :class:`Source` of batches.
 """
 
 from __future__ import annotations
@@ -100,8 +100,7 @@ class DatasetSource(Source):
     def batches(self, size: int, shuffle: torch.Generator | None = None) -> Iterator[tuple[Tensor, Tensor]]:
         """One pass over the examples, loaded in this process."""
         loader = DataLoader(self.dataset, batch_size=size, shuffle=shuffle is not None, generator=shuffle)
-        for x, y in loader:
-            yield x, y
+        yield from loader
 
     def split(self, share: float, seed: int) -> tuple[DatasetSource, DatasetSource]:
         """Two sources over random rows."""

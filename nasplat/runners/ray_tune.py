@@ -13,7 +13,6 @@ import logging
 import math
 import os
 import shutil
-import time
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
@@ -93,18 +92,18 @@ class Mailbox:
 
     def __init__(self) -> None:
         self._assignments: dict[int, Assignment] = {}
-        self._begun: dict[int, list[float]] = {}
+        self._begun: dict[int, int] = {}
         self._stop: set[int] = set()
 
     def put(self, assignment: Assignment) -> None:
         """Leave an assignment for the worker that will get its number."""
         self._assignments[assignment.number] = assignment
-        self._begun[assignment.number] = []
+        self._begun[assignment.number] = 0
 
-    def begin(self, number: int) -> tuple[Assignment, list[float]]:
-        """Take an assignment up: it, and the times at which workers that died had taken it up."""
-        earlier = list(self._begun[number])
-        self._begun[number].append(time.time())
+    def begin(self, number: int) -> tuple[Assignment, int]:
+        """Take an assignment up: it, and the number of workers that had taken it up and died."""
+        earlier = self._begun[number]
+        self._begun[number] += 1
         return self._assignments[number], earlier
 
     def stop(self, number: int) -> None:
@@ -231,13 +230,15 @@ class _Trainable(tune.Trainable):
         self._dump = path.open("w")
         faulthandler.dump_traceback_later(limit + max(2.0, 0.1 * limit), exit=True, file=self._dump)
 
-    def _past_limit(self, earlier: list[float]) -> Outcome | None:
-        """The failure of a trial whose worker ended itself at the time limit."""
+    def _past_limit(self, earlier: int) -> Outcome | None:
+        """The failure of a trial whose worker ended itself at the time limit: it wrote down where it hung."""
         limit = self._worker.time_limit_s
-        if limit is None or not earlier or time.time() - earlier[-1] < limit:
+        if limit is None or not earlier:
             return None
         path = self._hung()
         where = path.read_text() if path.exists() else ""
+        if not where:
+            return None
         return Outcome("failed", reason=f"past its time limit of {limit:g} s; its worker was killed", traceback=where)
 
     def step(self) -> dict[str, Any]:

@@ -290,7 +290,10 @@ def test_explorations_in_the_history_are_ignored():
 @pytest.mark.parametrize("sampler", ["tpe", "nsga2"])
 def test_beats_random_search(sampler, make):
     seeds = range(20)
-    strategy = OptunaSearch(sampler, {"population_size": 20} if sampler == "nsga2" else {})
-    ours = [drive(strategy, make(), 100, seed=seed).best() for seed in seeds]
-    random = [drive(RandomSearch(), make(), 100, seed=seed).best() for seed in seeds]
+    # A genetic algorithm needs its generations: 20 of them.
+    strategy, trials = OptunaSearch(), 100
+    if sampler == "nsga2":
+        strategy, trials = OptunaSearch("nsga2", {"population_size": 10}), 200
+    ours = [drive(strategy, make(), trials, seed=seed).best() for seed in seeds]
+    random = [drive(RandomSearch(), make(), trials, seed=seed).best() for seed in seeds]
     assert wilcoxon(ours, random, alternative="less").pvalue < 1e-3
