@@ -634,7 +634,8 @@ def _fit(value: Any, text: str, annotation: Any) -> Any:
     if plain is tuple or plain is list or plain is Sequence:
         items = value if isinstance(value, list) else text.split(",")
         inner = [argument for argument in arguments if argument is not Ellipsis]
-        kinds = inner if plain is tuple and len(inner) > 1 else (inner or [Any]) * len(items)
+        fixed = plain is tuple and arguments and Ellipsis not in arguments
+        kinds = inner if fixed else (inner or [Any]) * len(items)
         if len(kinds) != len(items):
             return _BAD
         fitted = [

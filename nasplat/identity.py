@@ -79,9 +79,11 @@ def source_hash(value: Any) -> str | None:
 
 def content_hash(tensor: torch.Tensor) -> str:
     """A hash of a tensor's dtype, shape and content."""
-    array = tensor.detach().cpu().contiguous()
-    digest = hashlib.sha256(f"{array.dtype}{tuple(array.shape)}".encode())
-    digest.update(array.reshape(-1).view(torch.uint8).numpy().tobytes())
+    # Copied, since a row of length 0 or 1 may have any stride, which cannot be viewed as bytes.
+    flat = tensor.detach().cpu().reshape(-1).clone(memory_format=torch.contiguous_format)
+    digest = hashlib.sha256(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
+    if len(flat):
+        digest.update(flat.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]
 
 

@@ -70,6 +70,7 @@ class Terminal:
         self._failed = sum(trial.state == "failed" for trial in search.history.trials)
         self._best = search.history.best()
         self._began = self._said = time.monotonic()
+        self._first: float | None = None
         if self._console.is_terminal:
             self._bar = Progress(
                 TextColumn("[bold]{task.description}"),
@@ -87,7 +88,9 @@ class Terminal:
 
     def changed(self, trial: Trial) -> None:
         """Show a trial's step, and where the search stands."""
-        if trial.state not in ("running",):
+        if self._first is None:
+            self._first = time.monotonic()
+        if trial.state != "running":
             self._done += 1
             self._failed += trial.state == "failed"
             self._consider(trial)
@@ -113,9 +116,10 @@ class Terminal:
         elif trial.reports:
             name, value = next(iter(trial.reports[-1].items()))
             parts.append(f"epoch {len(trial.reports)}: {name} {value:.4g}")
-        spent = time.monotonic() - self._began
+        # From the first trial on: starting workers is no part of the rate.
+        spent = time.monotonic() - (self._first or self._began)
         done = self._done - self._from
-        if done:
+        if done and spent:
             rate = done / spent
             parts.append(f"{rate * 60:.1f}/min" if rate < 5 else f"{rate:.0f}/s")
             left = (self._max_trials - self._worked()) / rate

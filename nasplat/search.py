@@ -241,7 +241,6 @@ class Search:
             twin = self._twin(asked, before=number)
             if twin is not None and twin.state == "running":
                 return None
-            # Through JSON, so that a strategy sees the same notes now and after a resume (lists, not tuples).
             record = json.loads(json.dumps(proposal_to_json(asked), allow_nan=False))
             asked = replace(asked, notes=record.get("notes", {}))
             self._emit({"event": "start", "trial": number, "proposal": record, "at": self.elapsed}, asked)
@@ -362,6 +361,8 @@ class Search:
         return self.history.trials[number]
 
     def _emit(self, event: Event, proposal: Proposal | None = None) -> None:
+        # Through JSON, so that the history now is the one that a resume will read (lists, not tuples).
+        event = json.loads(json.dumps(event, allow_nan=False))
         self._record(event)
         self._apply(event, proposal)
         self._booked(event)

@@ -34,6 +34,9 @@ trained. ``stopped``: ended early by the strategy's ``keep``. ``failed``: it rai
 or time.
 """
 
+ENUMERABLE = 20_000
+"""Spaces up to this size are listed to find what was not proposed yet."""
+
 FINAL: tuple[State, ...] = ("complete", "infeasible", "stopped", "failed")
 
 
@@ -186,6 +189,24 @@ class History:
     def distinct(self) -> int:
         """Number of different architectures proposed so far."""
         return len(self._numbers)
+
+    def draw_new(self, rng: np.random.Generator) -> Architecture | None:
+        """A random architecture that was not proposed before; None when there is none left.
+
+        Spaces of up to 20,000 architectures are listed where drawing finds nothing new, so that the last one is found
+        too. In a larger one, 10,000 draws in a row that had all been proposed count as exhausted.
+        """
+        size = self.space.size()
+        if self.distinct >= size:
+            return None
+        for _ in range(20 if size <= ENUMERABLE else 10_000):
+            architecture = self.space.sample(rng)
+            if not self.of(architecture):
+                return architecture
+        if size > ENUMERABLE:
+            return None
+        left = [architecture for architecture in self.space.enumerate() if not self.of(architecture)]
+        return left[int(rng.integers(len(left)))] if left else None
 
     def losses(self, trial: Trial) -> tuple[float, ...]:
         """The objectives with their signs turned so that smaller is better."""

@@ -576,7 +576,8 @@ class _Session:
         return trial_folder(self.study.folder, number) / "weights.safetensors"
 
     def _record(self, event: Event) -> None:
-        self._journal.append(event, durable=event["event"] == "finish")
+        # A report too: an explorer saves its checkpoint after it, which must never be newer than the journal.
+        self._journal.append(event, durable=event["event"] in ("report", "finish"))
 
     def _booked(self, event: Event) -> None:
         if event["event"] == "enqueue":

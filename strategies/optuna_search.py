@@ -47,9 +47,6 @@ SAMPLERS: Mapping[str, type[BaseSampler]] = {
 MAX_COMBINATIONS = 10_000
 """Ways to pick the members of one group, above which they are too many for one categorical parameter."""
 
-ENUMERABLE = 20_000
-"""Spaces up to this size are listed when sampling finds nothing new, so that the search can tell that it is over."""
-
 TRIES = 3
 """Suggestions tried for a valid one that was not proposed before."""
 
@@ -125,15 +122,13 @@ class OptunaSearch:
             UnsupportedError: A group has too many combinations to be one parameter.
         """
         space = history.space
-        size = space.size()
-        if history.distinct >= size:
+        if history.distinct >= space.size():
             return None
         mirror = _MIRRORS.get(history)
         if mirror is None:
             mirror = _MIRRORS[history] = _Mirror(history)
         mirror.update(history)
 
-        proposal: Evaluate | None = None
         notes: dict[str, Any] = {}
         for _ in range(TRIES):
             with _quiet():
@@ -144,16 +139,8 @@ class OptunaSearch:
             proposal = Evaluate(space.architecture(genes), notes=notes)
             if not history.of(proposal.architecture):
                 return proposal
-        for _ in range(TRIES):
-            architecture = space.sample(rng)
-            if proposal is None or not history.of(architecture):
-                proposal = Evaluate(architecture, notes=notes)
-            if not history.of(proposal.architecture):
-                return proposal
-        if size > ENUMERABLE:
-            return proposal
-        left = [architecture for architecture in space.enumerate() if not history.of(architecture)]
-        return Evaluate(left[int(rng.integers(len(left)))], notes=notes) if left else None
+        architecture = history.draw_new(rng)
+        return None if architecture is None else Evaluate(architecture, notes=notes)
 
 
 class _Categorical(CategoricalDistribution):

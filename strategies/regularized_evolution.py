@@ -12,9 +12,6 @@ from nasplat.errors import InvalidInputError
 from nasplat.objectives import front
 from nasplat.strategy import Evaluate, History, Trial
 
-ENUMERABLE = 20_000
-"""Spaces up to this size are listed when mutation finds nothing new, so that the search can tell that it is over."""
-
 TRIES = 10
 """Children tried for one that was not proposed before."""
 
@@ -53,29 +50,18 @@ class RegularizedEvolution:
             history: All trials so far.
             rng: The only source of randomness.
         """
-        space = history.space
-        if history.distinct >= space.size():
-            return None
         parents: list[Trial] = []
         if len(history) >= self.population:
             parents = history.scored(last=self.population)
             # Nothing feasible was found: climb towards the limits, by the costs that are known.
             parents = parents or [t for t in history.finished(last=self.population) if t.state == "infeasible"]
-
-        proposal: Evaluate | None = None
-        for _ in range(TRIES):
-            proposal = self._child(history, parents, rng) if parents else Evaluate(space.sample(rng))
+        for _ in range(TRIES if parents else 0):
+            proposal = self._child(history, parents, rng)
             if not history.of(proposal.architecture):
                 return proposal
-        # Every neighbour seems known. Repeating one teaches nothing, so an architecture from afar takes its place.
-        for _ in range(TRIES):
-            architecture = space.sample(rng)
-            if not history.of(architecture):
-                return Evaluate(architecture)
-        if space.size() > ENUMERABLE:
-            return proposal
-        left = [architecture for architecture in space.enumerate() if not history.of(architecture)]
-        return Evaluate(left[int(rng.integers(len(left)))]) if left else None
+        # No population yet, or every neighbour seems known: repeating one would teach nothing.
+        architecture = history.draw_new(rng)
+        return None if architecture is None else Evaluate(architecture)
 
     def _child(self, history: History, trials: Sequence[Trial], rng: np.random.Generator) -> Evaluate:
         space = history.space

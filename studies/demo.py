@@ -15,7 +15,7 @@ from pathlib import Path
 
 from nasplat import SearchInterrupted, Study, Task, at_most, load, maximise, minimise
 from nasplat.errors import FolderError
-from nasplat.report import front, leaderboard
+from nasplat.report import exported, front, leaderboard
 from search_spaces import Bats
 from strategies import RegularizedEvolution
 
@@ -67,9 +67,8 @@ def main() -> int:
     print("\nPareto front: no other candidate is both more accurate and faster")
     print(front(result))
     best = folder / "best"
-    report = result.best.export(best)
-    print(f"\nThe best network, trial {result.best.trial.number}, is in {best}/")
-    print(report)
+    print(f"\nThe best network, trial {result.best.trial.number}, exported and compared:")
+    print(exported(result.best.export(best)))
     print(f"\n{study.where()}")
     print(f"\nTo go on:        python studies/demo.py --trials {2 * arguments.trials}")
     print("To start afresh: make demo-fresh")

@@ -1,0 +1,144 @@
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nasplat.journal import Journal
+from nasplat.objectives import at_most, maximise, minimise
+from nasplat.report import WIDTH, counts, front, leaderboard, record, status
+from nasplat.result import Result
+from nasplat.strategy import Evaluate, History, Trial
+from nasplat.testing.landscapes import Levels
+
+SPACE = Levels(length=3, levels=4)
+
+
+def result_of(*rows: dict[str, Any], folder: Path = Path("study")) -> Result:
+    """One trial a row: metrics, and any other field of a trial."""
+    history = History(SPACE, [maximise("val_accuracy"), minimise("latency_ms")], [at_most("params", 1000)])
+    for number, given in enumerate(rows):
+        row = dict(given)
+        genes = {"x0": number % 4, "x1": number // 4, "x2": 0}
+        history.start(Trial(number, Evaluate(SPACE.architecture(genes), row.pop("budget", 1.0))))
+        state = row.pop("state", "complete")
+        extra = {name: row.pop(name) for name in ("reason", "copy_of") if name in row}
+        if state != "running":
+            history.finish(number, state=state, metrics=row, finished=1.0, **extra)
+    return Result(folder, SPACE, None, history)
+
+
+def good(accuracy: float, latency: float, params: float = 500.0, **more: Any) -> dict[str, Any]:
+    return {"val_accuracy": accuracy, "latency_ms": latency, "latency_ms_mad": 0.04, "params": params, **more}
+
+
+def numbers(table: str) -> list[int]:
+    """Trial numbers of a table's rows."""
+    lines = table.splitlines()
+    start = next(index for index, line in enumerate(lines) if line.startswith("─")) + 1
+    return [int(line.split()[1]) for line in lines[start:] if line[:1].isdigit() and "more" not in line]
+
+
+def test_leaderboard_is_ordered_and_marked() -> None:
+    result = result_of(
+        good(0.7, 5.0), good(0.9, 9.0), good(0.6, 6.0), good(0.95, 1.0, params=2000.0), good(0.99, 1.0, budget=0.5)
+    )
+    table = leaderboard(result)
+    # The one that breaks the limit and the one trained in part are last, whatever their accuracy.
+    assert numbers(table) == [1, 0, 2, 4, 3]
+    rows = table.splitlines()[2:]
+    assert [row.split()[2] for row in rows[:2]] == ["*", "*"]
+    assert rows[3].split()[2] == "~" and rows[4].split()[2] == "!"
+    assert "* on the Pareto front; ! breaks a limit; ~ trained in part" in table
+
+
+def test_units_and_spread() -> None:
+    row = good(0.81, 8.43, latency_ms_p95=9.0, model_bytes=12_340.0, train_seconds=3.2)
+    table = leaderboard(result_of({**row, "latency_ms_mad": 0.87}))
+    assert "latency [ms]" in table and "8.4 ±0.9" in table
+    assert "model [kB]" in table and "12.34" in table
+    assert "train [s]" in table
+    assert "median absolute deviation" in table
+
+
+def test_counts_have_suffixes() -> None:
+    table = leaderboard(result_of(good(0.8, 1.0, params=999.0, macs=12_345.0, ops=1_200_000.0)))
+    assert all(text in table for text in ("999", "12.3k", "1.20M"))
+
+
+def test_tables_fit_100_columns() -> None:
+    many = {f"metric_{index}_with_a_long_name": 0.123456 for index in range(10)}
+    wide = result_of(good(0.8, 1.0, macs=1e9, ops=1e9, model_bytes=1e9, train_seconds=1e4, **many))
+    for table in (leaderboard(wide), front(wide)):
+        assert max(map(len, table.splitlines())) <= WIDTH
+        assert "val_accuracy" in table and "params" in table
+
+
+def test_limit_says_how_many_more() -> None:
+    result = result_of(*(good(0.5 + index / 100, 1.0 + index) for index in range(5)))
+    assert numbers(leaderboard(result, limit=2)) == [4, 3]
+    assert leaderboard(result, limit=2).endswith("3 more")
+    assert numbers(front(result, limit=3)) == [4, 3, 2]
+
+
+def test_a_missing_metric_is_a_dash() -> None:
+    table = leaderboard(result_of(good(0.8, 1.0, macs=5.0), good(0.7, 2.0)))
+    assert " - " in table.splitlines()[3]
+
+
+def test_copies_and_failures_are_no_rows() -> None:
+    result = result_of(good(0.8, 1.0), {**good(0.8, 1.0), "copy_of": 0}, {"state": "failed", "reason": "NaN"})
+    assert numbers(leaderboard(result)) == [0]
+
+
+def test_without_candidates() -> None:
+    assert "No candidate" in leaderboard(result_of())
+    failed = result_of({"state": "failed", "reason": "out of memory"})
+    assert "No candidate" in leaderboard(failed) and "No candidate" in front(failed)
+
+
+def test_counts_put_like_reasons_together() -> None:
+    text = counts(
+        result_of(
+            good(0.8, 1.0),
+            {"state": "infeasible", "params": 2000.0, "reason": "params is 2000, must be params at most 1000"},
+            {"state": "infeasible", "params": 3e5, "reason": "params is 3e+05, must be params at most 1000"},
+            {"state": "failed", "reason": "RuntimeError: broken"},
+            {"state": "running"},
+            {**good(0.8, 1.0), "copy_of": 0},
+        )
+    )
+    assert text.splitlines() == [
+        "6 trials: 1 complete, 1 running, 2 infeasible, 1 copied, 1 failed",
+        "  infeasible: 2 (trials 1, 2), e.g. params is 2000, must be params at most 1000",
+        "  failed: 1 (trial 3), RuntimeError: broken",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("events", "said"),
+    [
+        ([], "not run yet"),
+        ([{"event": "session"}], "interrupted (its process was killed)"),
+        ([{"event": "session"}, {"event": "end", "state": "complete", "over": "enough"}], "complete: enough"),
+        ([{"event": "session"}, {"event": "end", "state": "interrupted"}], "interrupted; to go on: nasplat resume"),
+        ([{"event": "session"}, {"event": "end", "state": "failed"}], "ended by an error"),
+        ([{"event": "session"}, {"event": "end", "state": "complete"}, {"event": "session"}], "interrupted"),
+    ],
+)
+def test_status(tmp_path: Path, events: list[dict[str, Any]], said: str) -> None:
+    with Journal(tmp_path) as journal:
+        journal.append({"event": "study", "schema": 1})
+        for event in events:
+            journal.append(event)
+        assert status(tmp_path).startswith("running (process ")
+    assert status(tmp_path).startswith(said)
+
+
+def test_record_is_named_only_where_there_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    folder = tmp_path / "runs" / "a"
+    with Journal(folder) as journal:
+        journal.append({"event": "study", "schema": 1, "id": "abc"})
+    assert record(folder) == ""
+    (folder.parent / "mlflow.db").touch()
+    assert "nasplat ui" in record(folder)

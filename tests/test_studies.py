@@ -1,0 +1,52 @@
+"""Each study runs from its own command, in its short form."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+STUDIES = sorted(path.name for path in (ROOT / "studies").glob("*.py"))
+
+
+def run(study: str, folder: Path, *arguments: str) -> str:
+    environment = {key: value for key, value in os.environ.items() if key != "MLFLOW_TRACKING_URI"}
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "studies" / study), "--smoke", *arguments],
+        cwd=folder, env=environment, capture_output=True, text=True, timeout=500,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_there_are_studies() -> None:
+    assert "demo.py" in STUDIES
+
+
+@pytest.mark.parametrize("study", [name for name in STUDIES if name != "demo.py"])
+def test_runs_in_short(study: str, tmp_path: Path) -> None:
+    assert run(study, tmp_path).strip()
+
+
+def test_demo_searches_shows_exports_and_says_when_complete(tmp_path: Path) -> None:
+    first = run("demo.py", tmp_path, "--trials", "3")
+    assert "Leaderboard" in first and "Pareto front" in first and "nasplat ui" in first
+    best = tmp_path / "runs" / "demo" / "best"
+    report = json.loads((best / "report.json").read_text())
+    assert {file["verdict"] for file in report["files"].values()} <= {"equal", "close"}
+    assert 0.0 <= report["metrics"]["test_accuracy"] <= 1.0
+    assert {"architecture.json", "weights.safetensors", "model.pt2", "model.onnx"} <= {p.name for p in best.iterdir()}
+    journal = (tmp_path / "runs" / "demo" / "history.jsonl").read_bytes()
+
+    second = run("demo.py", tmp_path, "--trials", "3")
+    assert "is complete" in second and "Leaderboard" in second and "To go on" in second
+    assert (tmp_path / "runs" / "demo" / "history.jsonl").read_bytes() == journal
+
+    further = run("demo.py", tmp_path, "--trials", "4")
+    assert "is complete" not in further
+    assert len((tmp_path / "runs" / "demo" / "history.jsonl").read_bytes()) > len(journal)
