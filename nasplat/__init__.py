@@ -8,6 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 from nasplat.architecture import Architecture
 from nasplat.cost import Count, Latency
 from nasplat.errors import NasplatError, NasplatWarning, SearchInterrupted
+from nasplat.mlflow_tracker import MlflowTracker
 from nasplat.objectives import at_least, at_most, maximise, minimise
 from nasplat.result import Candidate, Result, load
 from nasplat.space import Group, SearchSpace, Supernet, space_from
@@ -29,6 +30,7 @@ __all__ = [
     "Group",
     "History",
     "Latency",
+    "MlflowTracker",
     "NasplatError",
     "NasplatWarning",
     "Recipe",

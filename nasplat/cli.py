@@ -7,6 +7,7 @@ import inspect
 import json
 import os
 import re
+import shlex
 import socket
 import sys
 import types
@@ -29,7 +30,7 @@ from nasplat import journal, plugins, report
 from nasplat.errors import FolderError, InvalidInputError, NasplatError, NasplatWarning, SearchInterrupted
 from nasplat.objectives import Constraint, Objective, at_least, at_most, maximise, minimise
 from nasplat.result import Result, load
-from nasplat.study import Study
+from nasplat.study import Study, recorded_tracker
 from nasplat.task import Recipe, Task
 
 FAILED, NOTHING_FOUND, INTERRUPTED = 1, 3, 130
@@ -320,7 +321,7 @@ def search(
     )
     if not quiet:
         _say(f"Searching {study.space!r} with {study.strategy!r}")
-    _finish(study.run(trials, max_hours=hours, workers=workers), recorded=tracker is Record.MLFLOW)
+    _finish(study.run(trials, max_hours=hours, workers=workers))
 
 
 @app.command()
@@ -343,7 +344,7 @@ def resume(
     ] = None,
     tracker: Annotated[
         Record | None,
-        typer.Option(help="Where to record. Default: MLflow, where there is a record.", show_default=False),
+        typer.Option(help="Where to record. Default: as in the last run.", show_default=False),
     ] = None,
     quiet: Quiet = False,
 ) -> None:
@@ -359,11 +360,16 @@ def resume(
         if events and not last:
             raise typer.BadParameter("the study was never run, so say how many trials: --trials N")
         trials = int(last.get("max_trials", 0))
-    if tracker is None:
-        tracker = Record.MLFLOW if not events or report.record(folder) else Record.NONE
-    study = Study.resume(folder, tracker=_tracker(tracker, None), progress=not quiet)
-    result = study.run(trials, max_hours=hours, workers=int(last.get("workers", 0)) if workers is None else workers)
-    _finish(result, recorded=tracker is Record.MLFLOW)
+    changes = {} if tracker is None else {"tracker": _tracker(tracker, None)}
+    study = Study.resume(folder, progress=not quiet, **changes)
+    result = study.run(
+        trials,
+        max_hours=last.get("max_hours") if hours is None else hours,
+        workers=int(last.get("workers", 0)) if workers is None else workers,
+        cpus_per_trial=last.get("cpus_per_trial", 1.0),
+        gpus_per_trial=last.get("gpus_per_trial"),
+    )
+    _finish(result)
 
 
 def _tracker(record: Record, experiment: str | None) -> Any:
@@ -376,15 +382,15 @@ def _tracker(record: Record, experiment: str | None) -> Any:
     return MlflowTracker(experiment=experiment)
 
 
-def _finish(result: Result, *, recorded: bool) -> None:
+def _finish(result: Result) -> None:
     """Show what a search found, and where it is."""
     _show(result, limit=10)
-    if recorded and (where := report.record(result.folder)):
+    if where := report.record(result.folder):
         typer.echo(f"\n{where}")
     if not result.history.front():
         _say("No candidate was trained in full and keeps the limits.")
         raise typer.Exit(NOTHING_FOUND)
-    typer.echo(f"\nTo export the best: nasplat export {result.folder} --to OUT")
+    typer.echo(f"\nTo export the best: nasplat export {shlex.quote(str(result.folder))} --to OUT")
 
 
 # Looking.
@@ -406,7 +412,7 @@ def show(
     typer.echo(f"{history.space.name}, {_wishes(history.objectives, history.constraints)}")
     _show(result, limit)
     where = report.record(folder)
-    typer.echo(f"\n{where}" if where else "\nNo MLflow record beside the folder.")
+    typer.echo(f"\n{where}" if where else "\nNo MLflow record.")
 
 
 def _wishes(objectives: Sequence[Objective], constraints: Sequence[Constraint]) -> str:
@@ -450,7 +456,7 @@ def ui(
 ) -> None:
     """Open the record in MLflow's own user interface, until Ctrl-C.
 
-    The record is that of MLFLOW_TRACKING_URI, else the SQLite file beside the study's folder.
+    A study's folder names its own record; without one it is that of MLFLOW_TRACKING_URI, else an mlflow.db.
     """
     uri = _record_uri(folder)
     if uri.startswith(("http://", "https://")):
@@ -472,13 +478,15 @@ def _record_uri(folder: Path | None) -> str:
     """The record of a study's folder, or of the folder that studies lie in."""
     from nasplat.mlflow_tracker import MlflowTracker
 
+    if folder is not None and (folder / journal.FILE).exists():
+        tracker = recorded_tracker(journal.read(folder)[0])
+        if not isinstance(tracker, MlflowTracker):
+            raise FolderError(f"{folder} was run without an MLflow record; nasplat show {shlex.quote(str(folder))}")
+        return tracker.location(folder)[0]
     given = os.environ.get("MLFLOW_TRACKING_URI")
     if given:
         return given
-    if folder is not None and (folder / journal.FILE).exists():
-        places = [folder.resolve().parent]
-    else:
-        places = [folder] if folder is not None else [Path(), Path("runs")]
+    places = [folder] if folder is not None else [Path(), Path("runs")]
     for place in places:
         if (place / "mlflow.db").exists():
             return MlflowTracker().location(place / "study")[0]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
@@ -61,6 +62,17 @@ def read(folder: Path) -> tuple[list[dict[str, Any]], int]:
     return events, end
 
 
+def _hold(file: IO[str]) -> None:
+    """Lock the file alone. Somebody who only looks whether it is held may hold it for an instant: try for a while."""
+    for _ in range(5):
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            time.sleep(0.05)
+    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
 class Journal:
     """A folder's journal, held for writing by this process until closed."""
 
@@ -75,7 +87,7 @@ class Journal:
         folder.mkdir(parents=True, exist_ok=True)
         self._lock = (folder / LOCK).open("a+")
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _hold(self._lock)
         except BlockingIOError as error:
             self._lock.seek(0)
             holder = self._lock.read().strip() or "unknown"

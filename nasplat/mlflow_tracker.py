@@ -17,6 +17,7 @@ import math
 import os
 import posixpath
 import re
+import shlex
 import shutil
 import sys
 import tempfile
@@ -174,7 +175,7 @@ class MlflowTracker:
             page = f"/#/experiments/{now.experiment_id}/runs/{now.parent_id}" if now is not None else ""
             lines.append(f"open it with a browser: {shown.rstrip('/')}{page}")
         elif self._beside(study.folder) == uri:
-            lines.append(f"open it with: nasplat ui {study.folder}")
+            lines.append(f"open it with: nasplat ui {shlex.quote(str(study.folder))}")
             lines.append(f'          or: mlflow ui --backend-store-uri "{uri}"')
         else:
             lines.append(f'open it with: mlflow ui --backend-store-uri "{shown}"')

@@ -143,7 +143,9 @@ class Terminal:
         done = self._done - self._from
         best = f", best {_values(self._best, self._search.history.objectives)}" if self._best is not None else ""
         failed = f", {self._failed} failed" if self._failed else ""
-        self.say(f"{done} trials in {_duration(spent)}{best}{failed}")
+        copied = sum(trial.copy_of is not None for trial in self._search.history.trials[self._from :])
+        copies = f" and {copied} that repeat one" if copied else ""
+        self.say(f"{done - copied} trials{copies} in {_duration(spent)}{best}{failed}")
 
 
 def _values(trial: Trial, objectives: Sequence[Objective]) -> str:

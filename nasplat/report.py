@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fcntl
 import math
-import os
 import re
 import shlex
 from collections import Counter
@@ -21,6 +20,8 @@ from rich.text import Text
 from nasplat import journal
 from nasplat.result import Result
 from nasplat.strategy import Evaluate, Trial
+from nasplat.study import recorded_tracker
+from nasplat.tracking import StudyRecord
 
 if TYPE_CHECKING:
     from nasplat.export import ExportReport
@@ -109,10 +110,15 @@ def front(result: Result, limit: int = 20) -> str:
 
 
 def counts(result: Result) -> str:
-    """How many trials there are by state, and why some were refused or failed, like reasons together."""
+    """How many trials there are by state, and why some were refused or failed, like reasons together.
+
+    Trials that an interrupted study has begun are unfinished: a resume runs them first.
+    """
     trials = result.trials
-    states = Counter("copied" if trial.copy_of is not None else trial.state for trial in trials)
-    order = ("complete", "running", "infeasible", "stopped", "copied", "failed")
+    running = "running" if _holder(result.folder) else "unfinished"
+    names = {"running": running}
+    states = Counter("copied" if trial.copy_of is not None else names.get(trial.state, trial.state) for trial in trials)
+    order = ("complete", running, "infeasible", "stopped", "copied", "failed")
     said = ", ".join(f"{states[state]} {state}" for state in order if states[state])
     lines = [f"{len(trials)} {'trial' if len(trials) == 1 else 'trials'}" + (f": {said}" if said else "")]
     for state in ("infeasible", "failed"):
@@ -232,7 +238,9 @@ def _format(name: str, trials: Sequence[Trial]) -> tuple[str, Callable[[Trial], 
             ((10.0**power, label) for power, label in ((9, "GB"), (6, "MB"), (3, "kB")) if max(values) >= 10.0**power),
             (1.0, "B"),
         )
-        return f"{stem} [{unit}]", _show(name, lambda value: f"{value / scale:.4g}")
+        largest = max(values) / scale
+        decimals = 0 if unit == "B" or largest >= 100 else 1 if largest >= 10 else 2
+        return f"{stem} [{unit}]", _show(name, lambda value: f"{value / scale:.{decimals}f}")
     header = f"{stem} [{unit}]" if unit else name
     if name in COUNTED:
         return header, _show(name, _count)
@@ -285,13 +293,7 @@ def record(folder: str | Path) -> str:
     Raises:
         FolderError: There is no study in the folder.
     """
-    from nasplat.mlflow_tracker import MlflowTracker
-    from nasplat.tracking import StudyRecord
-
     path = Path(folder).resolve()
-    tracker = MlflowTracker()
-    if not os.environ.get("MLFLOW_TRACKING_URI") and not (path.parent / "mlflow.db").exists():
-        return ""
     events, _ = journal.read(path)
-    study_id = str(events[0]["id"]) if events else ""
-    return tracker.where(StudyRecord(study_id, path.name, Path(folder), {}, {}))
+    tracker = recorded_tracker(events) if events else None
+    return "" if tracker is None else tracker.where(StudyRecord(str(events[0]["id"]), path.name, Path(folder), {}, {}))

@@ -29,8 +29,9 @@ from nasplat.errors import (
     SearchInterrupted,
     UnknownMetricError,
 )
-from nasplat.identity import canonical, describe, source_hash
+from nasplat.identity import canonical, describe, source_hash, type_name
 from nasplat.journal import Journal
+from nasplat.mlflow_tracker import MlflowTracker
 from nasplat.objectives import Constraint, Objective
 from nasplat.progress import Display, Silent, Terminal
 from nasplat.result import Result, load, restored
@@ -334,7 +335,15 @@ class Study:
             raise InvalidInputError(f"workers is {workers}; 0 for this process, or a number of workers on Ray")
         if gpus_per_trial is None:
             gpus_per_trial = 1.0 if torch.device(self.device).type == "cuda" else 0.0
-        with self._opened({"max_trials": max_trials, "workers": workers}) as session:
+        run = {
+            "max_trials": max_trials,
+            "max_hours": max_hours,
+            "max_proposals": max_proposals,
+            "workers": workers,
+            "cpus_per_trial": cpus_per_trial,
+            "gpus_per_trial": gpus_per_trial,
+        }
+        with self._opened(run) as session:
             search, worker = session.search, session.worker
             search.begin(limits)
             session.display.begin(search, max_trials, max_hours)
@@ -441,18 +450,16 @@ class Study:
             raise FolderError(
                 f"{path}: a meter lives in the script that made the study; run that script again, or give meters=[...]"
             )
-        return cls(**{**parts, **wishes["settings"], "seed": header["seed"], "folder": path, **changes})
+        settings = dict(wishes["settings"])
+        if "tracker" not in changes:
+            settings["tracker"] = recorded_tracker(events)
+        return cls(**{**parts, **settings, "seed": header["seed"], "folder": path, **changes})
 
     # The record.
 
     def open_tracker(self) -> Tracker | None:
         """A tracker for one run of the study; None where there is to be no record but the folder's."""
-        if self.tracker == "mlflow":
-            from nasplat.mlflow_tracker import MlflowTracker
-
-            return MlflowTracker()
-        assert not isinstance(self.tracker, str)
-        return self.tracker
+        return MlflowTracker() if isinstance(self.tracker, str) else self.tracker
 
     def record(self, header: Mapping[str, Any]) -> StudyRecord:
         """What a tracker says of this study.
@@ -494,7 +501,17 @@ class Study:
 
     def _settings(self) -> dict[str, Any]:
         names = ("device", "threads", "time_limit_s", "keep_weights", "retrain_duplicates")
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in names} | {"tracker": self._describe_tracker()}
+
+    def _describe_tracker(self) -> Any:
+        """The tracker as JSON values; never a password, which a URI may hold."""
+        tracker = self.tracker
+        if tracker is None or isinstance(tracker, str):
+            return tracker
+        if isinstance(tracker, MlflowTracker):
+            uri = None if tracker.uri is not None and "@" in tracker.uri else tracker.uri
+            return {"uri": uri, "experiment": tracker.experiment}
+        return {"class": type_name(type(tracker))}
 
     @contextmanager
     def _opened(self, run: Mapping[str, Any] | None) -> Iterator[_Session]:
@@ -635,6 +652,26 @@ class _Session:
 
     def result(self) -> Result:
         return Result(self.study.folder, self.study.space, self.study.task, self.search.history, self.search.over)
+
+
+def recorded_tracker(events: Sequence[Mapping[str, Any]]) -> Tracker | None:
+    """The tracker of a study's last run (of MLflow, or none).
+
+    Args:
+        events: The journal's.
+
+    Raises:
+        FolderError: It was a tracker of the user's own.
+    """
+    wishes = [event for event in events if event["event"] in ("study", "session")][-1]
+    tracker = wishes["settings"]["tracker"]
+    if tracker is None:
+        return None
+    if tracker == "mlflow":
+        return MlflowTracker()
+    if "class" in tracker:
+        raise FolderError(f"the tracker {tracker['class']} lives in the script that made the study; give tracker=...")
+    return MlflowTracker(tracker["uri"], tracker["experiment"])
 
 
 def _brief(description: Any) -> str:

@@ -97,7 +97,8 @@ class Worker:
             model.train()
         return model
 
-    def _measure(self, model: nn.Module, example: torch.Tensor, trained: bool, found: _Found) -> None:
+    def _measure(self, model: nn.Module, example: torch.Tensor, trained: bool, found: _Found) -> str:
+        """Measure, meter by meter, until a hard limit is broken: gives the limits that are, in words."""
         for meter in self.meters:
             if meter.trained is not trained:
                 continue
@@ -107,6 +108,9 @@ class Worker:
             found.samples.update({name: list(values) for name, values in measurement.samples.items()})
             found.facts.update(measurement.facts)
             found.measure_seconds += time.monotonic() - begin
+            if not trained and (broken := self._broken(found.metrics)):
+                return broken
+        return ""
 
     def _broken(self, metrics: Mapping[str, float]) -> str:
         """The hard limits that the metrics known so far break, in words."""
@@ -125,8 +129,7 @@ class Worker:
         device = torch.device(self.device)
         example = place(self.task.example(), device)
         model = self.build(proposal, example)
-        self._measure(model, example, False, found)
-        broken = self._broken(found.metrics)
+        broken = self._measure(model, example, False, found)
         if broken:
             yield found.outcome("infeasible", broken)
             return
@@ -204,8 +207,7 @@ class Worker:
         if self.meters:
             example = place(self.task.example(), torch.device(self.device))
             model = self.build(proposal, example)
-            self._measure(model, example, False, found)
-            broken = self._broken(found.metrics)
+            broken = self._measure(model, example, False, found)
             if broken:
                 yield found.outcome("infeasible", broken)
                 return

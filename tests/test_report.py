@@ -55,7 +55,7 @@ def test_units_and_spread() -> None:
     row = good(0.81, 8.43, latency_ms_p95=9.0, model_bytes=12_340.0, train_seconds=3.2)
     table = leaderboard(result_of({**row, "latency_ms_mad": 0.87}))
     assert "latency [ms]" in table and "8.4 ±0.9" in table
-    assert "model [kB]" in table and "12.34" in table
+    assert "model [kB]" in table and "12.3" in table
     assert "train [s]" in table
     assert "median absolute deviation" in table
 
@@ -108,7 +108,7 @@ def test_counts_put_like_reasons_together() -> None:
         )
     )
     assert text.splitlines() == [
-        "6 trials: 1 complete, 1 running, 2 infeasible, 1 copied, 1 failed",
+        "6 trials: 1 complete, 1 unfinished, 2 infeasible, 1 copied, 1 failed",
         "  infeasible: 2 (trials 1, 2), e.g. params is 2000, must be params at most 1000",
         "  failed: 1 (trial 3), RuntimeError: broken",
     ]
@@ -137,8 +137,14 @@ def test_status(tmp_path: Path, events: list[dict[str, Any]], said: str) -> None
 def test_record_is_named_only_where_there_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     folder = tmp_path / "runs" / "a"
+    header = {"event": "study", "schema": 1, "id": "abc", "settings": {"tracker": None}}
     with Journal(folder) as journal:
-        journal.append({"event": "study", "schema": 1, "id": "abc"})
+        journal.append(header)
     assert record(folder) == ""
-    (folder.parent / "mlflow.db").touch()
+    elsewhere = {"uri": "sqlite:////data/mine.db", "experiment": "cells"}
+    with Journal(folder) as journal:
+        journal.append({"event": "session", "settings": {"tracker": "mlflow"}})
     assert "nasplat ui" in record(folder)
+    with Journal(folder) as journal:
+        journal.append({"event": "session", "settings": {"tracker": elsewhere}})
+    assert "'cells'" in record(folder) and "/data/mine.db" in record(folder)

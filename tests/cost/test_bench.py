@@ -4,6 +4,7 @@ import os
 import pickle
 import signal
 import subprocess
+import sys
 import time
 
 import pytest
@@ -51,7 +52,7 @@ with (bench.training() if sys.argv[3] == "training" else bench.measuring()):
 
 
 def process(script, *arguments):
-    command = ["python3", "-c", script, *map(str, arguments)]
+    command = [sys.executable, "-c", script, *map(str, arguments)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
 
 

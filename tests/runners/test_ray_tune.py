@@ -1,0 +1,212 @@
+"""One Ray for the whole module: two processors, no dashboard. Starting it takes longer than most of the tests."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import ray
+from helpers import Drawn, InOrder, Ladder, Mlp, assert_same, climb, python
+
+import nasplat
+from nasplat import Evaluate, Study, Task, maximise, minimise, space_from
+from nasplat.errors import NasplatError
+
+
+@pytest.fixture(scope="module", autouse=True)
+def local_ray():
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    # Workers cannot import test modules; a user's script, which is __main__, travels in this way by itself.
+    for name in (__name__, "helpers"):
+        ray.cloudpickle.register_pickle_by_value(sys.modules[name])
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return tmp_path / "study"
+
+
+def ladder(folder, function=climb, **changes):
+    given = dict(
+        space=Ladder(), strategy=InOrder(), task=Task.from_function(function), objectives=[maximise("val_accuracy")],
+        folder=folder, tracker=None, progress=False,
+    )  # fmt: skip
+    return Study(**{**given, **changes})
+
+
+def fails_at_one(genes):
+    from torch import nn
+
+    if genes["width"] == 1:
+        raise ValueError("too narrow")
+    return nn.Linear(4, genes["width"] + 3)
+
+
+def trained(folder, task, **changes):
+    given = dict(
+        space=Mlp(), strategy=Drawn(), task=task, objectives=[maximise("val_accuracy"), minimise("params")],
+        folder=folder, tracker=None, progress=False, seed=3,
+    )  # fmt: skip
+    return Study(**{**given, **changes})
+
+
+@dataclass(frozen=True)
+class Impatient(Drawn):
+    def keep(self, trial, history):
+        return len(trial.reports) < 1 or trial.number % 2 == 0
+
+
+def test_one_worker_repeats_the_local_run_and_a_candidate_that_raises_fails(folder, blobs):
+    space = space_from(fails_at_one, {"width": (1, 2, 3), "other": (1, 2, 3, 4)})
+    given = dict(space=space, strategy=Impatient(), seed=2)
+    local = trained(folder.with_name("local"), blobs, **given).run(max_trials=6).table()
+    remote = trained(folder, blobs, **given).run(max_trials=6, workers=1).table()
+    assert {"failed", "stopped", "complete"} == set(local.state)
+    assert_same(remote, local)
+    assert (remote[remote.state == "failed"].reason == "ValueError: too narrow").all()
+    # Begun on Ray, continued here.
+    more = trained(folder, blobs, **given).run(max_trials=8).table()
+    assert_same(more, trained(folder.with_name("local"), blobs, **given).run(max_trials=8).table())
+    assert not (folder / "ray").exists()
+
+
+def test_two_workers_work_at_the_same_time_and_complete(folder):
+    meeting = folder.with_name("meeting")
+    meeting.mkdir()
+
+    def meets(architecture, budget, seed):
+        """Waits for another trial to run; alone, it would wait in vain."""
+        (meeting / str(architecture.genes["x"])).touch()
+        until = time.monotonic() + 60
+        while len(list(meeting.iterdir())) < 2:
+            if time.monotonic() > until:
+                raise TimeoutError("alone")
+            time.sleep(0.01)
+        return {"val_accuracy": architecture.genes["x"] / 100}
+
+    result = ladder(folder, meets).run(max_trials=6, workers=2)
+    assert result.table().state.tolist() == ["complete"] * 6
+    assert result.best.trial.number == 5
+    assert nasplat.load(folder).table().val_accuracy.tolist() == [x / 100 for x in range(6)]
+
+
+def counted(path: Path, name: object) -> int:
+    """How often this was called with the name, this time included."""
+    with (path / f"{name}").open("a") as file:
+        file.write("x")
+    return (path / f"{name}").stat().st_size
+
+
+def test_a_worker_that_dies_costs_its_trial_one_retry(folder):
+    calls = folder.with_name("calls")
+    calls.mkdir()
+
+    def dies(architecture, budget, seed):
+        x = architecture.genes["x"]
+        call = counted(calls, x)
+        if x == 1 and call == 1:
+            os._exit(1)
+        if x == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return {"val_accuracy": x / 100}
+
+    table = ladder(folder, dies, time_limit_s=300).run(max_trials=4, workers=1).table()
+    assert table.state.tolist() == ["complete", "complete", "failed", "complete"]
+    assert "worker died twice" in table.reason[2]
+    assert {path.name: path.stat().st_size for path in calls.iterdir()} == {"0": 1, "1": 2, "2": 2, "3": 1}
+
+
+def test_a_hang_past_the_limit_is_killed_and_said(folder):
+    calls = folder.with_name("calls")
+    calls.mkdir()
+
+    def hangs(architecture, budget, seed):
+        x = architecture.genes["x"]
+        counted(calls, x)
+        if x == 0:
+            time.sleep(600)
+        if x == 1:
+            pow(3, 10**9)  # in C, and does not let the interpreter go
+        return {"val_accuracy": x / 100}
+
+    table = ladder(folder, hangs, time_limit_s=2.0).run(max_trials=3, workers=2).table()
+    assert table.state.tolist() == ["failed", "failed", "complete"]
+    for number in (0, 1):
+        assert table.reason[number] == "past its time limit of 2 s; its worker was killed"
+    assert all(path.stat().st_size == 1 for path in calls.iterdir())  # not tried again
+    assert "hangs" in nasplat.load(folder).trials[0].traceback
+
+
+@dataclass(frozen=True)
+class Breaks(InOrder):
+    def propose(self, history, rng):
+        if len(history) == 2:
+            raise ZeroDivisionError("the strategy's own")
+        return super().propose(history, rng)
+
+
+@dataclass(frozen=True)
+class Foreign:
+    def propose(self, history, rng):
+        return Evaluate(Ladder(3).architecture({"x": 1}))
+
+
+def test_an_error_of_the_strategy_reaches_the_user(folder):
+    with pytest.raises(ZeroDivisionError, match="the strategy's own"):
+        ladder(folder, strategy=Breaks()).run(max_trials=5, workers=1)
+    assert nasplat.load(folder).table().state.tolist() == ["complete", "complete"]
+    with pytest.raises(ValueError, match="this study searches"):
+        ladder(folder.with_name("other"), strategy=Foreign()).run(max_trials=5, workers=2)
+
+
+def test_what_can_never_be_placed_is_refused_at_once(folder):
+    with pytest.raises(NasplatError, match=r"Ray has 2 CPUs and 0 GPUs in all; ask for less"):
+        ladder(folder).run(max_trials=2, workers=1, cpus_per_trial=64)
+
+
+SCRIPT = """
+import os, signal, sys, threading, time
+from helpers import InOrder, Ladder
+from nasplat import SearchInterrupted, Study, Task, maximise
+
+marker = sys.argv[1] + ".at2"
+
+def slow(architecture, budget, seed):
+    x = architecture.genes["x"]
+    if x == 2:
+        open(marker, "w").close()
+        time.sleep(600)
+    return {"val_accuracy": x / 100}
+
+def interrupt():
+    while not os.path.exists(marker):
+        time.sleep(0.05)
+    os.kill(os.getpid(), signal.SIGINT)
+threading.Thread(target=interrupt, daemon=True).start()
+study = Study(Ladder(), InOrder(), Task.from_function(slow), [maximise("val_accuracy")], folder=sys.argv[1],
+              tracker=None, progress=False)
+try:
+    study.run(max_trials=4, workers=1)
+except SearchInterrupted as error:
+    print("interrupted:", error, flush=True)
+"""
+
+
+def test_ctrl_c_ends_the_run_and_the_folder_goes_on(folder):
+    process = python(SCRIPT, folder)  # with a Ray of its own
+    try:
+        out, err = process.communicate(timeout=120)
+    finally:
+        process.kill()
+    assert process.returncode == 0, err
+    assert "interrupted: interrupted; 2 trials are in" in out
+    table = nasplat.load(folder).table()
+    assert table.state.tolist() == ["complete", "complete", "running"]
