@@ -478,8 +478,9 @@ def _record_uri(folder: Path | None) -> str:
     """The record of a study's folder, or of the folder that studies lie in."""
     from nasplat.mlflow_tracker import MlflowTracker
 
-    if folder is not None and (folder / journal.FILE).exists():
-        tracker = recorded_tracker(journal.read(folder)[0])
+    events = [] if folder is None else journal.read(folder)[0]
+    if folder is not None and events:
+        tracker = recorded_tracker(events)
         if not isinstance(tracker, MlflowTracker):
             raise FolderError(f"{folder} was run without an MLflow record; nasplat show {shlex.quote(str(folder))}")
         return tracker.location(folder)[0]

@@ -189,7 +189,7 @@ class _Column(NamedTuple):
 
     @property
     def width(self) -> int:
-        return max(len(text) for text in (self.header, *self.cells)) + 2
+        return max(len(text) for text in (self.header, *self.cells)) + 3  # padding left and right, and the gap
 
 
 def _table(result: Result, trials: Sequence[Trial], marks: Sequence[str] | None) -> str:

@@ -250,6 +250,8 @@ def test_ui_starts_mlflow_on_the_record(tmp_path: Path, monkeypatch: pytest.Monk
     (tmp_path / "runs" / "a" / journal.FILE).touch()
     missing = call("ui", tmp_path / "runs" / "a")
     assert missing.exit_code == 1 and "no record found" in missing.stderr
+    with journal.Journal(tmp_path / "runs" / "a") as held:
+        held.append({"event": "study", "schema": 1, "id": "abc", "settings": {"tracker": "mlflow"}})
     (tmp_path / "runs" / "mlflow.db").touch()
     monkeypatch.chdir(tmp_path)
     for arguments in ([tmp_path / "runs" / "a"], [tmp_path / "runs"], []):
