@@ -24,7 +24,7 @@ def main() -> int:
     """Search, show, export."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=Path("runs/demo"))
-    parser.add_argument("--trials", type=int, default=24)
+    parser.add_argument("--trials", type=int, default=20)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--fresh", action="store_true", help="move the old folder aside and begin anew")
     parser.add_argument("--smoke", action="store_true", help="one epoch on few images, in this process")

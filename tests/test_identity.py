@@ -65,7 +65,7 @@ def test_the_hash_of_a_tensor_depends_on_dtype_shape_and_content(array):
     if tensor.numel():
         other = tensor.clone().reshape(-1)
         other[0] = ~other[0] if other.dtype == torch.bool else other[0] + 1
-        if not torch.equal(other.reshape(tensor.shape), tensor):
+        if other.numpy().tobytes() != array.tobytes():  # NaN + 1 and 1e30 + 1 are what they were
             assert content_hash(other.reshape(tensor.shape)) != content_hash(tensor)
 
 

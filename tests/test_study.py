@@ -99,7 +99,7 @@ def test_the_call_end_to_end_on_digits(folder, capsys):
     assert front.val_accuracy.is_monotonic_decreasing
     best = result.best
     assert best.trial.number == front.index[0]
-    assert "trials in" in capsys.readouterr().err  # progress, on stderr
+    assert "trials" in capsys.readouterr().err  # progress, on stderr
 
     # Reloaded, it gives the recorded accuracy; the test split is scored once and kept.
     for again in (best, nasplat.load(folder, space=Conv()).best, result.candidate(int(front.index[-1]))):
@@ -406,7 +406,7 @@ def test_a_running_study_is_read(folder):
     assert result.table().loc[2, "val_accuracy"] == 0.02
     with pytest.raises(UnsupportedError, match="lives in the script"):
         result.space.build(result.best.architecture)
-    with pytest.raises(UnsupportedError, match="task is a function"):
+    with pytest.raises(UnsupportedError, match="has no weights"):
         result.best.model()
     with pytest.raises(FolderError, match="got the space"):
         nasplat.load(folder, space=Ladder(3))
