@@ -215,7 +215,11 @@ class Result:
             }
             if isinstance(proposal, Evaluate):
                 row["architecture"] = proposal.architecture.id
-                row |= proposal.architecture.genes
+                # A gene with the name of a metric or of a column above keeps out of its way.
+                row |= {
+                    f"gene.{name}" if name in row or name in trial.metrics else name: gene
+                    for name, gene in proposal.architecture.genes.items()
+                }
             rows.append(row | dict(trial.metrics))
         columns = ["kind", "state", "feasible", "budget", "copy_of", "reason", "seconds"]
         if not rows:

@@ -10,6 +10,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from nasplat import seeding
 from nasplat.data.sources import Source
 from nasplat.errors import InvalidInputError, NonFiniteError
 from nasplat.nn import set_binarisation
@@ -39,15 +40,12 @@ class Training:
             seed: Of the order of the examples and of augmentation, in [0, 2**32).
             step: Wraps each optimisation step.
         """
-        self.model = model.to(device)
+        self.model = lay_out(model.to(device))
         self.task = task
         self.device = device
         self.epoch = 0
         self._step = step
         self._order = torch.Generator().manual_seed(seed)
-        # Grouped convolutions train 2 to 3.5 times faster in this format on a CPU. It is defined for 4-D tensors only.
-        if all(parameter.ndim <= 4 for parameter in model.parameters()):
-            self.model = self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self._begin_phase()
 
     def _begin_phase(self) -> None:
@@ -130,7 +128,7 @@ class Training:
             "model": self.model.state_dict(),
             "optimiser": self.optimiser.state_dict(),
             "order": self._order.get_state(),
-            "torch": torch.get_rng_state(),
+            "generators": seeding.get_state(),
         }
 
     def load_state(self, state: Mapping[str, Any]) -> None:
@@ -140,7 +138,7 @@ class Training:
         self.model.load_state_dict(state["model"])
         self.optimiser.load_state_dict(state["optimiser"])
         self._order.set_state(state["order"])
-        torch.set_rng_state(state["torch"])
+        seeding.set_state(state["generators"])
 
 
 def evaluate(
@@ -167,6 +165,16 @@ def evaluate(
         if not math.isfinite(value):
             raise NonFiniteError(f"{name} is {value}")
     return scores
+
+
+def lay_out(model: nn.Module) -> nn.Module:
+    """Kernels of 2-D convolutions in channels-last format, in place.
+
+    Grouped convolutions train 2 to 3.5 times faster in it on a CPU. It is defined for 4-D tensors only.
+    """
+    if all(parameter.ndim <= 4 for parameter in model.parameters()):
+        model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return model
 
 
 def place(x: Tensor, device: torch.device) -> Tensor:

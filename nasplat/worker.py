@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import random
 import time
 import traceback
 from collections.abc import Generator, Iterator, Mapping, Sequence
@@ -28,10 +27,11 @@ from nasplat.cost.meter import CostMeter
 from nasplat.errors import InvalidInputError, NonFiniteError, TimeLimitError
 from nasplat.objectives import Constraint
 from nasplat.search import Assignment, Outcome
+from nasplat.seeding import seeded
 from nasplat.space import SearchSpace
 from nasplat.strategy import Evaluate, Explore, Report
 from nasplat.task import Task
-from nasplat.train import Training, place
+from nasplat.train import Training, lay_out, place
 
 CHECKPOINT_SECONDS = 20.0
 """A running training is saved so that a kill costs about this long at most, besides the epoch under way."""
@@ -74,7 +74,7 @@ class Worker:
         Send False after a report to end the trial there, as ``stopped``.
         """
         clock = _Clock(self.time_limit_s, self.bench)
-        with _threads(self.threads), _seeded(assignment.seed):
+        with _threads(self.threads), seeded(assignment.seed):
             try:
                 proposal = assignment.proposal
                 if isinstance(proposal, Explore):
@@ -83,7 +83,8 @@ class Worker:
                     yield from self._call(assignment, proposal, clock)
                 else:
                     yield from self._evaluate(assignment, proposal, clock)
-            except Exception as error:
+            except (Exception, SystemExit) as error:
+                (trial_folder(self.folder, assignment.number) / "checkpoint.pt").unlink(missing_ok=True)
                 yield Outcome("failed", reason=_reason(error), traceback=traceback.format_exc())
 
     # Building and measuring.
@@ -95,7 +96,7 @@ class Worker:
             with torch.no_grad():
                 model.eval()(example)
             model.train()
-        return model
+        return lay_out(model)
 
     def _measure(self, model: nn.Module, example: torch.Tensor, trained: bool, found: _Found) -> str:
         """Measure, meter by meter, until a hard limit is broken: gives the limits that are, in words."""
@@ -232,12 +233,19 @@ class Worker:
         begin = time.monotonic()
         steps = proposal.explorer.explore(self.space, self.task, rng, context)
         go_on: bool | None = None
+        # The first report of an exploration that goes on from a checkpoint may be of any epoch.
+        last = None if context.checkpoint.exists() else 0
         while True:
             try:
                 report = steps.send(None if go_on is None else go_on)  # type: ignore[arg-type]
             except StopIteration as end:
                 architectures = tuple(end.value or ())
                 break
+            if report.step < 1 or (last is not None and report.step > last + 1):
+                raise InvalidInputError(
+                    f"{proposal.explorer!r} reports step {report.step} after {last or 0}; steps count from 1, no gaps"
+                )
+            last = report.step
             metrics = _finite(report.metrics)
             found.metrics.update(metrics)
             go_on = (yield Report(report.step, metrics)) is not False
@@ -344,7 +352,7 @@ def _finite(values: Mapping[str, Any]) -> dict[str, float]:
     return numbers
 
 
-def _reason(error: Exception) -> str:
+def _reason(error: Exception | SystemExit) -> str:
     """One line on a failure."""
     text = str(error).strip().splitlines()
     first = text[0] if text else ""
@@ -363,24 +371,3 @@ def _threads(count: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-@contextmanager
-def _seeded(seed: int) -> Iterator[None]:
-    """The one place where global generators are seeded; they are given back as they were."""
-    states = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    random.seed(seed)
-    np.random.seed(seed)  # noqa: NPY002
-    # Not torch.manual_seed: it queues a call, with a formatted stack, for every accelerator that is not there.
-    torch.default_generator.manual_seed(seed)
-    if cuda:
-        torch.cuda.manual_seed_all(seed)
-    try:
-        yield
-    finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])  # noqa: NPY002
-        torch.set_rng_state(states[2])
-        if cuda:
-            torch.cuda.set_rng_state_all(cuda)

@@ -1,4 +1,4 @@
-from __future__ import annotations
+from __future__ import shlex
 
 import itertools
 import json
@@ -378,7 +378,7 @@ def test_the_default_experiment_holds_the_studies_of_one_folder(study):
     client, experiment = raw(study)
     location = client.get_experiment(experiment).artifact_location
     assert location == (study.folder.parent / "mlartifacts").as_uri()
-    assert f"nasplat ui {study.folder}" in tracker.where(study)
+    assert f"nasplat ui {shlex.quote(str(study.folder))}" in tracker.where(study)
 
 
 def test_a_deleted_experiment_is_said(study):

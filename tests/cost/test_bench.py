@@ -24,7 +24,9 @@ def say(what):
     os.write(log, f"{{what}} {{os.getpid()}}\\n".encode())  # one write to an appended file: a total order
 """
 
-TRAIN = START + """
+TRAIN = (
+    START
+    + """
 print("ready", flush=True)
 while not Path(sys.argv[3]).exists():
     with bench.training():
@@ -33,8 +35,11 @@ while not Path(sys.argv[3]).exists():
         while time.perf_counter() < end: pass
         say(")")
 """
+)
 
-MEASURE = START + """
+MEASURE = (
+    START
+    + """
 print("ready", flush=True)
 for _ in range(int(sys.argv[3])):
     with bench.measuring():
@@ -43,12 +48,16 @@ for _ in range(int(sys.argv[3])):
         say("]")
     time.sleep(random.random() * 0.005)
 """
+)
 
-HOLD = START + """
+HOLD = (
+    START
+    + """
 with (bench.training() if sys.argv[3] == "training" else bench.measuring()):
     print("held", flush=True)
     time.sleep(600)
 """
+)
 
 
 def process(script, *arguments):
