@@ -248,6 +248,10 @@ class Search:
                 return self._assignment(number, asked)
             self._copy(number, twin)
 
+    def has_work(self) -> bool:
+        """Whether a trial waits to be finished, or no limit keeps the strategy from being asked."""
+        return bool(self._again) or not self._limit_reached()
+
     def _limit_reached(self) -> str:
         limits = self._limits
         if self.worked >= limits.max_trials:

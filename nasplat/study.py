@@ -349,7 +349,7 @@ class Study:
             session.display.begin(search, max_trials, max_hours)
             state = "failed"
             try:
-                if workers == 0:
+                if workers == 0 or not search.has_work():
                     local.run(search, worker)
                 else:
                     from nasplat.runners import ray_tune

@@ -1,4 +1,4 @@
-from __future__ import shlex
+from __future__ import annotations
 
 import itertools
 import json
@@ -6,6 +6,7 @@ import logging
 import math
 import os
 import socket
+import shlex
 import subprocess
 import sys
 import time
