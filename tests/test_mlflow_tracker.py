@@ -5,8 +5,8 @@ import json
 import logging
 import math
 import os
-import socket
 import shlex
+import socket
 import subprocess
 import sys
 import time
