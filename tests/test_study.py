@@ -52,6 +52,7 @@ from nasplat.errors import (
     UnsupportedError,
 )
 from nasplat.journal import FILE, Journal
+from strategies import RandomSearch
 
 
 @pytest.fixture
@@ -695,3 +696,34 @@ def test_a_strategy_may_end_trials_early(folder):
     assert result.table().state.tolist() == ["complete", "stopped", "complete", "stopped"]
     assert [len(t.reports) for t in result.trials] == [3, 2, 3, 2]
     assert set(result.front().index) <= {0, 2}
+
+
+def test_a_gene_named_like_a_column_keeps_out_of_its_way(tmp_path):
+    space = space_from(lambda genes: None, {"state": (1, 2), "val_accuracy": (3, 4), "width": (5, 6)})
+
+    def evaluate(architecture, budget, seed):
+        return {"val_accuracy": 0.5}
+
+    study = Study(
+        space, RandomSearch(), Task.from_function(evaluate), [maximise("val_accuracy")],
+        folder=tmp_path / "named", tracker=None, progress=False,
+    )  # fmt: skip
+    row = study.run(1).table().iloc[0]
+    assert (row["state"], row["val_accuracy"]) == ("complete", 0.5)
+    assert row["gene.state"] in (1, 2) and row["gene.val_accuracy"] in (3, 4) and row["width"] in (5, 6)
+
+
+def test_a_finished_study_starts_no_ray(tmp_path, monkeypatch):
+    def evaluate(architecture, budget, seed):
+        return {"val_accuracy": 0.5}
+
+    space = space_from(lambda genes: None, {"width": (1, 2, 3)})
+    study = Study(
+        space, RandomSearch(), Task.from_function(evaluate), [maximise("val_accuracy")],
+        folder=tmp_path / "done", tracker=None, progress=False,
+    )  # fmt: skip
+    study.run(2)
+    monkeypatch.setitem(sys.modules, "nasplat.runners.ray_tune", None)  # importing it would raise
+    assert len(study.run(2, workers=2).trials) == 2
+    with pytest.raises(ImportError):
+        study.run(3, workers=2)

@@ -146,6 +146,13 @@ def test_a_broken_limit_costs_no_epoch(worker):
     assert not trial_folder(worker.folder, 0).exists()
 
 
+def test_a_broken_limit_spares_the_meters_that_come_after(worker):
+    log: list = []
+    limited = replace(worker, meters=(Count(), Weighs(log)), constraints=(at_most("params", 10),))
+    _, outcome = run(limited, assignment())
+    assert outcome.state == "infeasible" and log == []
+
+
 def test_a_limit_known_only_after_training_does_not_make_it_infeasible(worker):
     _, outcome = run(replace(worker, constraints=(at_most("val_loss", 1e-9),)), assignment())
     assert outcome.state == "complete"
@@ -167,6 +174,7 @@ def raises(error):
         (RuntimeError("[enforce] DefaultCPUAllocator: not enough memory: you tried"), "out of memory: [enforce]"),
         (AssertionError(), "AssertionError: "),
         (RecursionError("deep"), "RecursionError: deep"),
+        (SystemExit(3), "SystemExit: 3"),
     ],
 )
 def test_a_candidate_that_raises_fails_with_its_reason(worker, error, reason):
@@ -421,9 +429,10 @@ class Finds:
     epochs: int = 3
     found: tuple = (SMALL,)
     metrics: Mapping[str, Any] = field(default_factory=lambda: {"train_loss": np.float32(0.5)})
+    first: int = 1
 
     def explore(self, space, task, rng, context):
-        state = context.load() or {"epoch": 0}
+        state = context.load() or {"epoch": self.first - 1}
         for epoch in range(state["epoch"] + 1, self.epochs + 1):
             with context.step():
                 pass
@@ -465,11 +474,14 @@ def test_an_exploration_stops_when_asked_and_goes_on_after_a_kill(worker):
         (Finds(found=(FIVE,)), "is not of"),
         (Finds(found=(Architecture(SPACE.identity, {"width": 3}),)), "missing: depth"),
         (Finds(metrics={"train_loss": float("nan")}), "train_loss is nan"),
+        (Finds(first=2), "reports step 2 after 0"),
+        (Finds(first=0), "reports step 0 after 0"),
     ],
 )
 def test_an_exploration_that_goes_wrong_fails(worker, explorer, reason):
     _, outcome = explore(worker, explorer)
     assert outcome.state == "failed" and reason in outcome.reason
+    assert not (trial_folder(worker.folder, 0) / "checkpoint.pt").exists()
 
 
 def test_lazy_layers_are_made_before_anything_is_measured(tmp_path):
