@@ -368,6 +368,7 @@ def resume(
         workers=int(last.get("workers", 0)) if workers is None else workers,
         cpus_per_trial=last.get("cpus_per_trial", 1.0),
         gpus_per_trial=last.get("gpus_per_trial"),
+        max_proposals=last.get("max_proposals"),
     )
     _finish(result)
 

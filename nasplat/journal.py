@@ -84,8 +84,11 @@ class Journal:
             JournalError: The journal cannot be read.
         """
         self.folder = folder
-        folder.mkdir(parents=True, exist_ok=True)
-        self._lock = (folder / LOCK).open("a+")
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._lock = (folder / LOCK).open("a+")
+        except OSError as error:
+            raise FolderError(f"{folder} cannot be made or written to: {error}") from error
         try:
             _hold(self._lock)
         except BlockingIOError as error:

@@ -21,6 +21,8 @@ class Objective:
     direction: Literal["maximise", "minimise"]
 
     def __post_init__(self) -> None:
+        if not isinstance(self.metric, str) or not self.metric:
+            raise InvalidInputError(f"the metric of an objective is {self.metric!r}; its name is needed")
         if self.direction not in ("maximise", "minimise"):
             raise InvalidInputError(f"direction is {self.direction!r}; legal: 'maximise', 'minimise'")
 

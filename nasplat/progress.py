@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import sys
 import time
+import warnings
 from collections.abc import Sequence
 from typing import Protocol, TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
+from nasplat.errors import NasplatWarning
 from nasplat.objectives import Objective
 from nasplat.search import Search
 from nasplat.strategy import Trial
@@ -36,7 +38,7 @@ class Display(Protocol):
 
 
 class Silent:
-    """Shows nothing."""
+    """Shows no progress; what has to be said becomes a warning."""
 
     def begin(self, search: Search, max_trials: int, max_hours: float | None) -> None:
         """Nothing."""
@@ -45,7 +47,8 @@ class Silent:
         """Nothing."""
 
     def say(self, message: str) -> None:
-        """Nothing."""
+        """A warning."""
+        warnings.warn(message, NasplatWarning, stacklevel=2)
 
     def end(self) -> None:
         """Nothing."""
@@ -70,7 +73,8 @@ class Terminal:
         self._failed = sum(trial.state == "failed" for trial in search.history.trials)
         self._best = search.history.best()
         self._began = self._said = time.monotonic()
-        self._first: float | None = None
+        # A trial that goes on has taken its time before: the rate counts from here, not from its end.
+        self._first: float | None = self._began if search.history.running else None
         if self._console.is_terminal:
             self._bar = Progress(
                 TextColumn("[bold]{task.description}"),

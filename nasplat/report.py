@@ -18,7 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from nasplat import journal
-from nasplat.result import Result
+from nasplat.result import Result, last_run, restored
 from nasplat.strategy import Evaluate, Trial
 from nasplat.study import recorded_tracker
 from nasplat.tracking import StudyRecord
@@ -144,19 +144,26 @@ def status(folder: str | Path) -> str:
     holder = _holder(path)
     if holder:
         return f"running (process {holder})"
-    ends = [event for event in journal.read(path)[0] if event["event"] in ("session", "end")]
-    resume = f"to go on: nasplat resume {shlex.quote(str(path))}"
-    if not ends:
-        return f"not run yet; {resume}"
-    last = ends[-1]
-    if last["event"] == "session":
-        return f"interrupted (its process was killed); {resume}"
-    if last["state"] == "complete":
-        over = f": {last['over']}" if last.get("over") else ""
-        return f"complete{over}; for more trials: nasplat resume {shlex.quote(str(path))} --trials N"
-    if last["state"] == "interrupted":
-        return f"interrupted; {resume}"
-    return f"ended by an error; {resume}"
+    events, _ = journal.read(path)
+    last = last_run(events)
+    own = [
+        part for part in ("space", "strategy", "task") if events and restored(events[0].get(part), lambda: None) is None
+    ]
+    if own:
+        how = f"to go on, run the script that made it: it has the {' and the '.join(own)}"
+    elif last.get("state") == "complete":
+        how = f"for more trials: nasplat resume {shlex.quote(str(path))} --trials N"
+    else:
+        how = f"to go on: nasplat resume {shlex.quote(str(path))}"
+    if not last:
+        stand = "not run yet"
+    elif last["event"] == "session":
+        stand = "interrupted (its process was killed)"
+    elif last["state"] == "complete":
+        stand = "complete" + (f": {last['over']}" if last.get("over") else "")
+    else:
+        stand = "interrupted" if last["state"] == "interrupted" else "ended by an error"
+    return f"{stand}; {how}"
 
 
 def exported(report: ExportReport) -> str:

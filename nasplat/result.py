@@ -16,7 +16,7 @@ from torch import nn
 
 from nasplat import journal
 from nasplat.architecture import Architecture
-from nasplat.errors import FolderError, InvalidInputError, UnsupportedError
+from nasplat.errors import FolderError, InvalidInputError, JournalError, UnsupportedError
 from nasplat.identity import restore
 from nasplat.objectives import Constraint, Objective
 from nasplat.plugins import restorable
@@ -30,6 +30,20 @@ from nasplat.worker import trial_folder
 if TYPE_CHECKING:
     from nasplat.export import ExportReport
 
+HEADER = (
+    "id",
+    "space",
+    "space_identity",
+    "strategy",
+    "task",
+    "seed",
+    "objectives",
+    "constraints",
+    "meters",
+    "settings",
+)
+"""What the first event of a journal must have."""
+
 VERIFY_WITH = 256
 """Real inputs that an exported network is compared on."""
 
@@ -39,6 +53,11 @@ class RecordedSpace(SearchSpace):
 
     def __init__(self, recorded: str) -> None:
         self.recorded = recorded
+
+    @property
+    def name(self) -> str:
+        """The space's name, which its identity begins with."""
+        return self.recorded.partition("{")[0]
 
     @property
     def identity(self) -> str:
@@ -167,6 +186,11 @@ class Result:
         return self.history.trials
 
     @property
+    def worked(self) -> int:
+        """Trials that count against ``max_trials``: all but those refused for a cheap cost, and copies."""
+        return sum(trial.state != "infeasible" and trial.copy_of is None for trial in self.trials)
+
+    @property
     def best(self) -> Candidate:
         """The candidate on the front with the best first objective.
 
@@ -245,9 +269,7 @@ def load(
     """
     path = Path(folder)
     events, _ = journal.read(path)
-    if not events:
-        raise FolderError(f"no study in {path}: it has no {journal.FILE}")
-    header, sessions = events[0], [event for event in events if event["event"] == "session"]
+    header, sessions = header_of(events, path), [event for event in events if event["event"] == "session"]
     if space is None:
         space = restored(header["space"], default=lambda: None)
         if space is None or space.identity != header["space_identity"]:  # or the plug-in has changed since
@@ -262,9 +284,34 @@ def load(
         [Constraint(**constraint) for constraint in wanted["constraints"]],
     )
     Search(_Reader(), history, header["seed"]).replay(events, to_go_on=False)
-    ends = [event["over"] for event in events if event["event"] == "end"]
-    over = ends[-1] if ends and events[-1]["event"] == "end" else ""
+    ending = last_run(events)
+    over = ending["over"] if ending.get("state") == "complete" else ""
     return Result(path, space, task, history, over)
+
+
+def header_of(events: Sequence[Mapping[str, Any]], folder: Path) -> Mapping[str, Any]:
+    """The first event of a journal, which says what the study is.
+
+    Raises:
+        FolderError: There is none.
+        JournalError: It lacks a part.
+    """
+    if not events:
+        raise FolderError(f"no study in {folder}: it has no {journal.FILE}")
+    missing = [part for part in HEADER if part not in events[0]]
+    if missing:
+        raise JournalError(
+            f"{folder / journal.FILE}, line 1 lacks {', '.join(missing)}, without which nothing can be read"
+        )
+    return events[0]
+
+
+def last_run(events: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+    """How the last ``Study.run`` stands: its ``end`` event, its ``session`` event where it has not ended, or empty."""
+    for event in events[::-1]:
+        if event["event"] == "end" or (event["event"] == "session" and "max_trials" in event["run"]):
+            return event
+    return {}
 
 
 class _Reader:

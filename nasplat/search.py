@@ -78,15 +78,26 @@ class Limits:
     max_hours: float | None = None
 
     def __post_init__(self) -> None:
-        if self.max_trials < 0 or (self.max_proposals is not None and self.max_proposals < 0):
-            raise InvalidInputError(f"max_trials is {self.max_trials}, max_proposals {self.max_proposals}; at least 0")
-        if self.max_hours is not None and not self.max_hours > 0:
-            raise InvalidInputError(f"max_hours is {self.max_hours}; it must be positive, or None for no limit")
+        check_whole("max_trials", self.max_trials, least=0)
+        if self.max_proposals is not None:
+            check_whole("max_proposals", self.max_proposals, least=0)
+        if self.max_hours is not None and not (isinstance(self.max_hours, int | float) and self.max_hours > 0):
+            raise InvalidInputError(f"max_hours is {self.max_hours!r}; it must be positive, or None for no limit")
 
     @property
     def proposals(self) -> int:
         """The limit on proposals."""
         return 10 * self.max_trials + 100 if self.max_proposals is None else self.max_proposals
+
+
+def check_whole(name: str, value: object, least: int) -> None:
+    """Refuse what is not a whole number from ``least`` on.
+
+    Raises:
+        InvalidInputError: The message says what was given and what is legal.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise InvalidInputError(f"{name} is {value!r}; a whole number from {least} on is needed")
 
 
 class Search:
@@ -158,18 +169,19 @@ class Search:
                 made again comes out otherwise (the strategy changed, or is not a pure function of the history).
         """
         trials = [event for event in events if "at" in event]
-        ended = {event["trial"] for event in trials if event["event"] == "finish"}
+        ended = {event.get("trial") for event in trials if event["event"] == "finish"}
         for event in trials:
             made: Proposal | None = None
-            if event["event"] == "start" and event["proposal"]["kind"] == "explore":
-                made = self._explore_again(event, to_go_on and event["trial"] not in ended)
             try:
+                if event["event"] == "start" and event["proposal"]["kind"] == "explore":
+                    made = self._explore_again(event, to_go_on and event["trial"] not in ended)
                 self._apply(event, made)
-            except (KeyError, TypeError, InvalidInputError) as error:
+                self._before = max(self._before, event["at"])
+            except (LookupError, TypeError, AttributeError, InvalidInputError) as error:
+                what = f"{event['event']} of trial {event.get('trial')}" if "trial" in event else f"{event['event']}"
                 raise JournalError(
-                    f"the journal's event {event} does not follow from those before it: {error}"
+                    f"the journal's {what}, at {event['at']} s, does not follow from the events before it: {error!r}"
                 ) from error
-            self._before = max(self._before, event["at"])
         self._again.extend(trial.number for trial in self.history.running)
 
     def _explore_again(self, event: Event, unfinished: bool) -> Proposal | None:
@@ -234,7 +246,7 @@ class Search:
             elif ask:
                 asked = self.strategy.propose(self.history, self._rng(number))
             if asked is None:
-                if not self.history.running:
+                if ask and not self.history.running:
                     self.over = "the strategy has nothing more to propose"
                 return None
             self._check(asked)
@@ -255,7 +267,7 @@ class Search:
     def _limit_reached(self) -> str:
         limits = self._limits
         if self.worked >= limits.max_trials:
-            return f"{self.worked} of {limits.max_trials} trials are done or under way"
+            return f"{self.worked} of {limits.max_trials} trials are done"
         if len(self.history) >= limits.proposals:
             return f"max_proposals: {len(self.history)} candidates were proposed, {self.worked} of them worked on"
         if limits.max_hours is not None and self.elapsed >= limits.max_hours * 3600:

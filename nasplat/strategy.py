@@ -334,6 +334,10 @@ class Context(Protocol):
         """Keep a state of tensors, generators' states and plain values, replacing the last one."""
         ...
 
+    def keep(self, weights: Mapping[str, torch.Tensor]) -> None:
+        """Keep the supernet's weights, so that a later ``Evaluate(weights_of=...)`` can inherit them."""
+        ...
+
     def load(self) -> dict[str, Any] | None:
         """The last state saved by an interrupted run of this same trial, or None."""
         ...

@@ -34,9 +34,9 @@ from nasplat.journal import Journal
 from nasplat.mlflow_tracker import MlflowTracker
 from nasplat.objectives import Constraint, Objective
 from nasplat.progress import Display, Silent, Terminal
-from nasplat.result import Result, load, restored
+from nasplat.result import Result, header_of, load, restored
 from nasplat.runners import local
-from nasplat.search import Event, Limits, Search
+from nasplat.search import Event, Limits, Search, check_whole
 from nasplat.space import SearchSpace
 from nasplat.strategy import Evaluate, History, Strategy, Trial
 from nasplat.task import Task
@@ -121,6 +121,14 @@ class Study:
             if not isinstance(value, kind) or isinstance(value, type):
                 hint = f" (the class; make one: {value.__name__}())" if isinstance(value, type) else ""
                 raise InvalidInputError(f"{name} is {value!r}{hint}; a {kind.__name__} is needed")
+        for name, given in (("objectives", objectives), ("constraints", constraints), ("meters", meters)):
+            if not isinstance(given, list | tuple):
+                raise InvalidInputError(f"{name} is {given!r}; a list is needed")
+        for meter in meters:
+            if isinstance(meter, type) or not isinstance(meter, CostMeter):
+                raise InvalidInputError(f"a meter is {meter!r}; an object with metrics, trained and measure is needed")
+        if tracker not in (None, "mlflow") and (isinstance(tracker, type) or not isinstance(tracker, Tracker)):
+            raise InvalidInputError(f"tracker is {tracker!r}; legal: 'mlflow', None, or a tracker: MlflowTracker()")
         if not objectives or not all(isinstance(objective, Objective) for objective in objectives):
             raise InvalidInputError(
                 f"objectives is {objectives!r}; a list of at least one maximise('...') or minimise('...') is needed"
@@ -131,12 +139,10 @@ class Study:
             raise InvalidInputError(
                 f"constraints is {constraints!r}; at_most('...', x) or at_least('...', x) are needed"
             )
-        if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
-            raise InvalidInputError(f"seed is {seed!r}; a whole number from 0 on is needed")
-        if threads < 1:
-            raise InvalidInputError(f"threads is {threads}; at least 1")
-        if time_limit_s is not None and not time_limit_s > 0:
-            raise InvalidInputError(f"time_limit_s is {time_limit_s}; positive seconds, or None for no limit")
+        check_whole("seed", seed, least=0)
+        check_whole("threads", threads, least=1)
+        if time_limit_s is not None and not (isinstance(time_limit_s, int | float) and time_limit_s > 0):
+            raise InvalidInputError(f"time_limit_s is {time_limit_s!r}; positive seconds, or None for no limit")
         if keep_weights not in ("front", "all"):
             raise InvalidInputError(f"keep_weights is {keep_weights!r}; legal: 'front', 'all'")
         try:
@@ -221,7 +227,7 @@ class Study:
         events, _ = journal.read(self.folder)
         if not events:
             return
-        header = events[0]
+        header = header_of(events, self.folder)
         self._check_same(header)
         for name, was in header.get("sources", {}).items():
             now = self._sources().get(name)
@@ -254,6 +260,10 @@ class Study:
                 f"{self.folder} holds a study with another {part}. There: {_brief(header[part])}. "
                 f"Here: {_brief(own)}. Use another folder, or the same {part}; nothing was changed"
             )
+
+    def _check_architecture(self, architecture: Architecture) -> None:
+        if not isinstance(architecture, Architecture):
+            raise InvalidInputError(f"{architecture!r} is no architecture; study.space.architecture(genes) makes one")
 
     def _sources(self) -> dict[str, str]:
         """Hashes of the source of what the user's own script gave: a change is worth a warning."""
@@ -331,8 +341,7 @@ class Study:
             UnknownMetricError: The task's function does not return an objective.
         """
         limits = Limits(max_trials, max_proposals, max_hours)
-        if workers < 0:
-            raise InvalidInputError(f"workers is {workers}; 0 for this process, or a number of workers on Ray")
+        check_whole("workers", workers, least=0)
         if gpus_per_trial is None:
             gpus_per_trial = 1.0 if torch.device(self.device).type == "cuda" else 0.0
         run = {
@@ -363,12 +372,12 @@ class Study:
                         say=session.display.say,
                     )
                 state = "complete"
-            except KeyboardInterrupt as interrupt:
+            except KeyboardInterrupt:
                 state = "interrupted"
                 raise SearchInterrupted(
                     f"interrupted; {sum(t.finished is not None for t in search.history.trials)} trials are in "
                     f"{self.folder}. To go on: {self._how_to_go_on()}"
-                ) from interrupt
+                ) from None
             finally:
                 search.end()
                 session.close(state)
@@ -382,6 +391,7 @@ class Study:
 
     def enqueue(self, architecture: Architecture) -> None:
         """Have an architecture evaluated next, before the strategy is asked again. Kept in the folder."""
+        self._check_architecture(architecture)
         with self._opened(None) as session:
             session.search.enqueue(architecture)
 
@@ -391,6 +401,7 @@ class Study:
         Trials that an interrupted run left unfinished, and those enqueued, come first. An architecture that has been
         evaluated gives its result again (see ``retrain_duplicates``).
         """
+        self._check_architecture(architecture)
         with self._opened({"evaluate": architecture.id}) as session:
             search = session.search
             state = "failed"
@@ -429,9 +440,7 @@ class Study:
         """
         path = Path(folder)
         events, _ = journal.read(path)
-        if not events:
-            raise FolderError(f"no study in {path}: it has no {journal.FILE}")
-        header = events[0]
+        header = header_of(events, path)
         sessions = [event for event in events if event["event"] == "session"]
         wishes = sessions[-1] if sessions else header
         parts: dict[str, Any] = {}
@@ -549,7 +558,8 @@ class _Session:
 
     def __init__(self, study: Study, held: Journal, run: Mapping[str, Any] | None) -> None:
         self.study = study
-        self.display: Display = Terminal() if study.progress and run is not None and "max_trials" in run else Silent()
+        self._is_run = run is not None and "max_trials" in run
+        self.display: Display = Terminal() if study.progress and self._is_run else Silent()
         history = History(study.space, study.objectives, study.constraints)
         self.search = Search(
             study.strategy,
@@ -643,7 +653,9 @@ class _Session:
     def close(self, state: str) -> None:
         """Write what is left: the journal's end, the tables for the record, the tracker's backlog."""
         self.display.end()
-        self._journal.append({"event": "end", "state": state, "over": self.search.over}, durable=True)
+        if self._is_run:
+            over = self.search.over if state == "complete" else ""
+            self._journal.append({"event": "end", "state": state, "over": over}, durable=True)
         if self._tracker is not None:
             self._tracker.end(state)
             left = self._tracker.close(timeout=30.0)

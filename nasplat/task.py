@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -72,9 +72,17 @@ class Recipe:
             raise InvalidInputError(f"augment has {', '.join(unknown)}; legal: {', '.join(AUGMENTATIONS)}")
 
 
+def _recipe(given: Mapping[str, Any]) -> Recipe:
+    legal = [f.name for f in fields(Recipe)]
+    unknown = [name for name in given if name not in legal]
+    if unknown:
+        raise InvalidInputError(f"a recipe has no {', '.join(unknown)}; legal: {', '.join(legal)}")
+    return Recipe(**given)
+
+
 def _short_recipe(epochs: int, given: Mapping[str, Any]) -> Recipe:
     """For small data and few epochs: many steps at a high rate. Binary weights hardly move at the papers' 1e-3."""
-    return Recipe(**{"epochs": epochs, "batch_size": 64, "lr": 5e-3, **given})
+    return _recipe({"epochs": epochs, "batch_size": 64, "lr": 5e-3, **given})
 
 
 def cross_entropy(outputs: Tensor, targets: Tensor, label_smoothing: float = 0.0) -> Tensor:
@@ -190,7 +198,7 @@ class Task:
                     f"to train and {len(held)} to validate with; give x_validation and y_validation"
                 )
             train, val = (kept.x, kept.y), (held.x, held.y)
-        return cls(name, TensorData(*train, *val, *(test or ())), Recipe(**recipe), loss, metrics or {})
+        return cls(name, TensorData(*train, *val, *(test or ())), _recipe(recipe), loss, metrics or {})
 
     @classmethod
     def from_datasets(
@@ -205,7 +213,7 @@ class Task:
         **recipe: Any,
     ) -> Task:
         """Torch datasets of (input, target) pairs. ``name`` is their identity: another content needs another name."""
-        return cls(name, DatasetData(name, train, validation, test), Recipe(**recipe), loss, metrics or {})
+        return cls(name, DatasetData(name, train, validation, test), _recipe(recipe), loss, metrics or {})
 
     @classmethod
     def from_loaders(
@@ -226,7 +234,7 @@ class Task:
                     f"{label} is {loader!r}, which can be gone through only once; a DataLoader, a list of batches, or "
                     "anything else that starts anew each time it is iterated is needed"
                 )
-        return cls(name, LoaderData(name, train, validation, test), Recipe(**recipe), loss, metrics or {})
+        return cls(name, LoaderData(name, train, validation, test), _recipe(recipe), loss, metrics or {})
 
     @classmethod
     def from_function(

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 from nasplat.errors import NasplatWarning
 from nasplat.strategy import FINAL, Trial
@@ -75,6 +75,7 @@ def _git(directory: Path | None, *arguments: str) -> str | None:
     return done.stdout.strip()
 
 
+@runtime_checkable
 class Tracker(Protocol):
     """Where a study is recorded.
 

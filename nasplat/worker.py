@@ -310,6 +310,9 @@ class _Context:
     def save(self, state: Mapping[str, Any]) -> None:
         save_checkpoint(state, self.checkpoint)
 
+    def keep(self, weights: Mapping[str, torch.Tensor]) -> None:
+        save_weights(weights, self.checkpoint.with_name("weights.safetensors"))
+
     def load(self) -> dict[str, Any] | None:
         return load_checkpoint(self.checkpoint) if self.checkpoint.exists() else None
 

@@ -213,6 +213,7 @@ class Darts:
             )
             if not go_on:
                 break
+        context.keep(supernet.state_dict())
         return [space.discretise({name: weight.detach().cpu() for name, weight in self._relax(space, alphas).items()})]
 
     def _lr(self, epoch: int) -> float:

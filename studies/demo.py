@@ -13,7 +13,7 @@ import sys
 import time
 from pathlib import Path
 
-from nasplat import SearchInterrupted, Study, Task, at_most, load, maximise, minimise
+from nasplat import SearchInterrupted, Study, Task, at_most, maximise, minimise
 from nasplat.errors import FolderError
 from nasplat.report import exported, front, leaderboard
 from search_spaces import Bats
@@ -48,11 +48,11 @@ def main() -> int:
         folder=folder,
     )
     try:
-        complete = load(folder).over and len(load(folder).trials) >= arguments.trials
+        result = study.result()
+        complete = bool(result.over) and result.worked >= arguments.trials
     except FolderError:
         complete = False
     if complete:
-        result = study.result()
         print(f"The study in {folder} is complete: {result.over}.")
     else:
         print(f"Searching BATS binary cells on Fashion-MNIST: {arguments.trials} trials, {arguments.workers} workers.")

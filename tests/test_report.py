@@ -114,20 +114,36 @@ def test_counts_put_like_reasons_together() -> None:
     ]
 
 
+BEGUN = {"event": "session", "run": {"max_trials": 1}}
+
+
 @pytest.mark.parametrize(
     ("events", "said"),
     [
         ([], "not run yet"),
-        ([{"event": "session"}], "interrupted (its process was killed)"),
-        ([{"event": "session"}, {"event": "end", "state": "complete", "over": "enough"}], "complete: enough"),
-        ([{"event": "session"}, {"event": "end", "state": "interrupted"}], "interrupted; to go on: nasplat resume"),
-        ([{"event": "session"}, {"event": "end", "state": "failed"}], "ended by an error"),
-        ([{"event": "session"}, {"event": "end", "state": "complete"}, {"event": "session"}], "interrupted"),
+        ([BEGUN], "interrupted (its process was killed)"),
+        (
+            [BEGUN, {"event": "end", "state": "complete", "over": "enough"}],
+            "complete: enough",
+        ),
+        (
+            [BEGUN, {"event": "end", "state": "interrupted"}],
+            "interrupted; to go on: nasplat resume",
+        ),
+        ([BEGUN, {"event": "end", "state": "failed"}], "ended by an error"),
+        (
+            [
+                BEGUN,
+                {"event": "end", "state": "complete"},
+                BEGUN,
+            ],
+            "interrupted",
+        ),
     ],
 )
 def test_status(tmp_path: Path, events: list[dict[str, Any]], said: str) -> None:
     with Journal(tmp_path) as journal:
-        journal.append({"event": "study", "schema": 1})
+        journal.append({"event": "study", "schema": 1, "space": 1, "strategy": 1, "task": 1})
         for event in events:
             journal.append(event)
         assert status(tmp_path).startswith("running (process ")

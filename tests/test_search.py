@@ -84,7 +84,7 @@ def snapshot(history: History) -> list[tuple]:
 def test_it_ends_at_max_trials_and_goes_on_with_a_larger_one():
     run = Run(InOrder()).begin(3)
     assert run.all() == [0, 1, 2]
-    assert run.search.over == "3 of 3 trials are done or under way"
+    assert run.search.over == "3 of 3 trials are done"
     assert run.again().begin(3).all() == []
     assert run.again().begin(5).all() == [3, 4]
 

@@ -48,6 +48,7 @@ from nasplat.errors import (
     FolderInUseError,
     FolderMismatchError,
     InvalidInputError,
+    JournalError,
     UnknownMetricError,
     UnsupportedError,
 )
@@ -121,7 +122,7 @@ def test_the_same_call_continues_with_a_larger_limit(folder, blobs):
     first = small(folder, blobs).run(max_trials=3).table()
     again = small(folder, blobs).run(max_trials=3)
     assert_same(again.table(), first)
-    assert again.over == "3 of 3 trials are done or under way"
+    assert again.over == "3 of 3 trials are done"
     more = small(folder, blobs).run(max_trials=6).table()
     assert_same(more.loc[first.index], first)
     whole = small(folder.with_name("whole"), blobs).run(max_trials=6).table()
@@ -402,7 +403,7 @@ def test_a_running_study_is_read(folder):
     ladder(folder, task=Task.from_function(looks)).run(max_trials=3)
     assert seen == [(["running"], ""), (["complete", "running"], ""), (["complete", "complete", "running"], "")]
     result = nasplat.load(folder)
-    assert result.over == "3 of 3 trials are done or under way"
+    assert result.over == "3 of 3 trials are done"
     assert result.best.trial.number == 2
     assert result.table().loc[2, "val_accuracy"] == 0.02
     with pytest.raises(UnsupportedError, match="lives in the script"):
@@ -727,3 +728,119 @@ def test_a_finished_study_starts_no_ray(tmp_path, monkeypatch):
     assert len(study.run(2, workers=2).trials) == 2
     with pytest.raises(ImportError):
         study.run(3, workers=2)
+
+
+def valid(tmp_path, **changes):
+    """The arguments of a study that is fine, with changes."""
+    space = space_from(lambda genes: None, {"width": (1, 2, 3)})
+    task = Task.from_function(lambda architecture, budget, seed: {"val_accuracy": 0.5}, name="half")
+    return {
+        "space": space, "strategy": RandomSearch(), "task": task, "objectives": [maximise("val_accuracy")],
+        "folder": tmp_path / "study", "tracker": None, "progress": False, **changes,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"objectives": maximise("val_accuracy")}, "objectives is .*a list is needed"),
+        ({"constraints": None}, "constraints is None; a list is needed"),
+        ({"meters": ["latency"]}, "a meter is 'latency'"),
+        ({"meters": [nasplat.Latency]}, "a meter is <class"),
+        ({"tracker": "wandb"}, "tracker is 'wandb'; legal: 'mlflow', None"),
+        ({"tracker": 5}, "tracker is 5"),
+        ({"threads": "2"}, "threads is '2'; a whole number from 1 on"),
+        ({"threads": 1.5}, "threads is 1.5"),
+        ({"time_limit_s": "2"}, "time_limit_s is '2'"),
+    ],
+)
+def test_wrong_arguments_are_refused_in_words(tmp_path, changes, message):
+    with pytest.raises(InvalidInputError, match=message):
+        Study(**valid(tmp_path, **changes))
+    assert not (tmp_path / "study").exists()
+
+
+def test_wrong_calls_are_refused_in_words(tmp_path):
+    study = Study(**valid(tmp_path))
+    for wrong in ("3", 2.5, True):
+        with pytest.raises(InvalidInputError, match=r"max_trials is .*a whole number from 0 on"):
+            study.run(wrong)
+    with pytest.raises(InvalidInputError, match="workers is '2'"):
+        study.run(1, workers="2")
+    for call in (study.enqueue, study.evaluate):
+        with pytest.raises(InvalidInputError, match="is no architecture"):
+            call({"width": 1})
+    with pytest.raises(InvalidInputError, match="a recipe has no optimizer; legal: epochs, "):
+        Task.digits(optimizer="adam")
+    with pytest.raises(InvalidInputError, match="its name is needed"):
+        maximise("")
+    with pytest.raises(FolderError, match="cannot be made"):
+        Study(**valid(tmp_path, folder="/proc/nowhere/study")).run(1)
+
+
+def test_only_a_run_that_ended_by_itself_is_over(tmp_path):
+    study = Study(**valid(tmp_path))
+    trial = study.evaluate(study.space.architecture({"width": 2}))
+    assert trial.state == "complete" and study.result().over == ""
+    assert study.run(2).over == "2 of 2 trials are done" == study.result().over
+    assert study.result().worked == 2
+    study.evaluate(study.space.architecture({"width": 2}))  # a copy; the run before is over as before
+    assert study.result().over == "2 of 2 trials are done" and study.result().worked == 2
+
+    def interrupt(architecture, budget, seed):
+        raise KeyboardInterrupt
+
+    stopped = Study(**valid(tmp_path, task=Task.from_function(interrupt, name="stops"), folder=tmp_path / "stopped"))
+    with pytest.raises(nasplat.SearchInterrupted) as caught:
+        stopped.run(1)
+    assert caught.value.__cause__ is None and caught.value.__suppress_context__
+    assert stopped.result().over == ""
+
+
+def test_a_damaged_journal_is_explained(tmp_path):
+    study = Study(**valid(tmp_path))
+    study.run(2)
+    path = tmp_path / "study" / FILE
+    lines = path.read_text().splitlines()
+
+    def damaged(number, change):
+        event = json.loads(lines[number])
+        change(event)
+        path.write_text("\n".join([*lines[:number], json.dumps(event), *lines[number + 1 :]]) + "\n")
+
+    start = next(index for index, line in enumerate(lines) if json.loads(line)["event"] == "start")
+    damaged(0, lambda event: event.pop("space_identity"))
+    with pytest.raises(JournalError, match="line 1 lacks space_identity"):
+        nasplat.load(tmp_path / "study")
+    for change in (
+        lambda event: event.pop("proposal"),
+        lambda event: event["proposal"].pop("kind"),
+        lambda event: event.pop("trial"),
+    ):
+        damaged(start, change)
+        with pytest.raises(JournalError, match="the journal's start"):
+            nasplat.load(tmp_path / "study")
+    damaged(start, lambda event: event["proposal"]["genes"].update(width=7))
+    with pytest.raises(JournalError, match="width is 7; legal: 1, 2, 3"):
+        Study(**valid(tmp_path))
+
+
+def test_a_silent_study_still_warns(tmp_path):
+    class Refuses:
+        def start(self, study):
+            raise ConnectionError("nobody there")
+
+        def log(self, trial): ...
+
+        def artifact(self, path, folder=""): ...
+
+        def end(self, state): ...
+
+        def where(self, study):
+            return "nowhere"
+
+    with pytest.warns(nasplat.NasplatWarning) as warned:
+        Study(**valid(tmp_path, tracker=Refuses())).run(1)
+    said = [str(warning.message) for warning in warned]
+    assert len(said) == 2
+    assert "cannot be recorded now" in said[0] and "nobody there" in said[0] and "not in the record yet" in said[1]

@@ -55,6 +55,10 @@ def run(
     Raises:
         NasplatError: The cluster can never place a trial of this size.
     """
+    if not ray.is_initialized():
+        say(
+            "Starting Ray" if not os.environ.get("RAY_ADDRESS") else f"Connecting to Ray at {os.environ['RAY_ADDRESS']}"
+        )
     with _ray(workers, cpus, gpus), _quiet_tune():
         _check_resources(workers, cpus, gpus, say)
         mailbox = ray.remote(num_cpus=0)(Mailbox).remote()
@@ -303,12 +307,22 @@ def _ray(workers: int, cpus: float, gpus: float) -> Iterator[None]:
         yield
         return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    quiet = {"include_dashboard": False, "log_to_driver": False}
-    if not os.environ.get("RAY_ADDRESS"):
-        quiet["num_cpus"] = max(os.cpu_count() or 1, math.ceil(workers * cpus))  # type: ignore[assignment]
-    else:
-        quiet.pop("include_dashboard")
-    ray.init(logging_level=logging.ERROR, configure_logging=True, **quiet)
+    address = os.environ.get("RAY_ADDRESS")
+    # "local", or Ray would join whatever cluster it finds on this machine.
+    where: dict[str, Any] = (
+        {"address": address}
+        if address
+        else {
+            "address": "local",
+            "num_cpus": max(os.cpu_count() or 1, math.ceil(workers * cpus)),
+            "include_dashboard": False,
+        }
+    )
+    try:
+        ray.init(logging_level=logging.ERROR, log_to_driver=False, **where)
+    except Exception as error:
+        at = f"reach Ray at RAY_ADDRESS={address}" if address else "start a local Ray"
+        raise NasplatError(f"cannot {at}: {(str(error) or repr(error)).splitlines()[0]}") from error
     try:
         yield
     finally:

@@ -235,6 +235,10 @@ class RecordingContext:
         if killed:
             raise KeyboardInterrupt
 
+    def keep(self, weights: Mapping[str, torch.Tensor]) -> None:
+        """What was kept last."""
+        self.kept = dict(weights)
+
     def load(self) -> dict[str, Any] | None:
         """The last state."""
         if self.stored is None:
