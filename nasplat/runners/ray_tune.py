@@ -13,6 +13,7 @@ import logging
 import math
 import os
 import shutil
+import socket
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
@@ -318,6 +319,8 @@ def _ray(workers: int, cpus: float, gpus: float) -> Iterator[None]:
             "include_dashboard": False,
         }
     )
+    if address:
+        _check_reachable(address)
     try:
         ray.init(logging_level=logging.ERROR, log_to_driver=False, **where)
     except Exception as error:
@@ -327,6 +330,17 @@ def _ray(workers: int, cpus: float, gpus: float) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def _check_reachable(address: str) -> None:
+    """Refuse an address where nothing answers: Ray itself would try for minutes."""
+    host, colon, port = address.rpartition(":")
+    if not colon or "/" in host or not port.isdigit():
+        return  # "auto", or a URL: Ray's own to judge
+    try:
+        socket.create_connection((host, int(port)), timeout=5.0).close()
+    except OSError as error:
+        raise NasplatError(f"nothing answers at RAY_ADDRESS={address} ({error}); unset it for a local Ray") from error
 
 
 @contextlib.contextmanager

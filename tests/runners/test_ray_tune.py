@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import sys
 import time
 from dataclasses import dataclass
@@ -203,3 +204,47 @@ def test_ctrl_c_ends_the_run_and_the_folder_goes_on(folder):
     assert "interrupted: interrupted; 2 trials are in" in out
     table = nasplat.load(folder).table()
     assert table.state.tolist() == ["complete", "complete", "running"]
+
+
+def test_an_address_where_nothing_answers_is_refused_at_once(ladder, tmp_path, monkeypatch):
+    from nasplat.runners.ray_tune import _check_reachable
+
+    with pytest.raises(NasplatError, match=r"nothing answers at RAY_ADDRESS=127\.0\.0\.1:9"):
+        _check_reachable("127.0.0.1:9")
+    _check_reachable("auto")
+
+
+CLUSTER = """
+import os, sys
+from ray.cluster_utils import Cluster
+from nasplat import Study, Task, maximise, space_from
+from strategies import RandomSearch
+
+cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+cluster.add_node(num_cpus=1)
+os.environ["RAY_ADDRESS"] = cluster.address
+space = space_from(lambda genes: None, {"width": tuple(range(8))})
+
+
+def evaluate(architecture, budget, seed):
+    return {"val_accuracy": architecture.genes["width"] / 10}
+
+
+study = Study(space, RandomSearch(), Task.from_function(evaluate), [maximise("val_accuracy")],
+              folder=sys.argv[1], tracker=None, progress=False)
+print(len(study.run(6, workers=2).history.scored()), "trials")
+cluster.shutdown()
+"""
+
+
+@pytest.mark.slow
+def test_a_cluster_of_two_nodes_through_its_address(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-c", CLUSTER, str(tmp_path / "cluster")],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["6", "trials"]
