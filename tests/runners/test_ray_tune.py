@@ -206,7 +206,7 @@ def test_ctrl_c_ends_the_run_and_the_folder_goes_on(folder):
     assert table.state.tolist() == ["complete", "complete", "running"]
 
 
-def test_an_address_where_nothing_answers_is_refused_at_once(ladder, tmp_path, monkeypatch):
+def test_an_address_where_nothing_answers_is_refused_at_once():
     from nasplat.runners.ray_tune import _check_reachable
 
     with pytest.raises(NasplatError, match=r"nothing answers at RAY_ADDRESS=127\.0\.0\.1:9"):
