@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from nasplat.architecture import Architecture
+from nasplat.drawing import Block, Picture, Sketch, Stages
 from nasplat.errors import ArchitectureError, InvalidInputError, UnsupportedError
 from nasplat.identity import canonical, describe
 
@@ -151,7 +152,34 @@ class SearchSpace(ABC):
         model.load_state_dict({name: state[name] for name in own})
         return model
 
+    def sketch(self, architecture: Architecture) -> Sketch:
+        """What a picture of an architecture shows (:meth:`draw`). Default: a block per choice, with its option."""
+        blocks = tuple(Block(name, (str(option),)) for name, option in architecture.genes.items())
+        return [Stages(self.name, blocks)]
+
+    def interactions(self) -> Sequence[tuple[str, ...]]:
+        """Choices that make up a cost together, each choice in one tuple at most: a layer's kernel and expansion.
+
+        A table of costs (``nasplat.cost.table``) has an entry per combination of each tuple. Default: every choice
+        by itself, which is exact where a network's cost is a sum over its choices.
+        """
+        return [(name,) for name in self._choices]
+
+    def growth(self, architecture: Architecture) -> list[Architecture]:
+        """The neighbours that a strategy which only grows networks may go on to. Default: all :meth:`neighbours`."""
+        return self.neighbours(architecture)
+
     # Given once, for every space.
+
+    def draw(self, architecture: Architecture) -> Picture:
+        """A picture of an architecture: ``space.draw(architecture).save("best.svg")``; a notebook shows it.
+
+        Raises:
+            ArchitectureError: The architecture is of another space.
+        """
+        if not self.owns(architecture):
+            raise ArchitectureError(f"{self.name} cannot draw an architecture of {architecture.space}")
+        return Picture(tuple(self.sketch(architecture)))
 
     @property
     def name(self) -> str:

@@ -330,7 +330,7 @@ def run(space: SearchSpace, law: str) -> None:
         (NotFinite(), "test_network_is_differentiable", "not finite"),
         (supernet_of(DeafMixed)(), "test_supernet_reaches_every_option", "get no gradient"),
         (supernet_of(ShiftedMixed)(), "test_one_hot_supernet_agrees_with_build", "not close"),
-        (supernet_of(EagerMixed)(), "test_one_hot_supernet_agrees_with_build", "is computed"),
+        (supernet_of(EagerMixed)(), "test_one_hot_supernet_agrees_with_build", "are computed"),
         (GreedyKeep(), "test_supernet_keeps_what_it_is_told", "with fewer options"),
     ],
     ids=lambda value: value if isinstance(value, str) else type(value).__name__,
