@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import signal
+
 import pytest
 import torch
 
@@ -10,6 +12,13 @@ from nasplat import Task
 def one_thread():
     """What is compared between runs is computed on one thread; two cores are shared with other work."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def ctrl_c():
+    """Python's own handler, also where the tests run in the background of a shell, which makes children ignore it."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from nasplat.errors import ArchitectureError, InvalidInputError, UnsupportedError
+from nasplat.errors import ArchitectureError, InvalidInputError
 from nasplat.nn import BinaryConv2d, set_binarisation
 from nasplat.space import SearchSpace
 from nasplat.testing.space_contract import SpaceContract
@@ -202,7 +202,7 @@ def test_keep_drops_weights_and_refuses_to_use_them() -> None:
 
 
 def test_supernet_arguments_are_checked() -> None:
-    with pytest.raises(UnsupportedError, match="partial is 4; legal: 1"):
+    with pytest.raises(InvalidInputError, match=r"partial is 4; legal: 1, 2 \(channels=4\)"):
         TINY.supernet(partial=4)
     with pytest.raises(InvalidInputError, match="keep names 'normal'"):
         TINY.supernet(keep={"normal": ("zero",)})
