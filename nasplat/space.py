@@ -158,7 +158,7 @@ class SearchSpace(ABC):
         return [Stages(self.name, blocks)]
 
     def interactions(self) -> Sequence[tuple[str, ...]]:
-        """Choices that make up a cost together, each choice in one tuple at most: a layer's kernel and expansion.
+        """Choices that make up a cost together, for instance a layer's kernel and its expansion.
 
         A table of costs (``nasplat.cost.table``) has an entry per combination of each tuple. Default: every choice
         by itself, which is exact where a network's cost is a sum over its choices.

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from nasplat import seeding
 from nasplat.architecture import Architecture
+from nasplat.cost.resource import Resource
 from nasplat.data.sources import Source
 from nasplat.errors import InvalidInputError, NonFiniteError, UnsupportedError
 from nasplat.space import Relaxed, SearchSpace
@@ -49,6 +50,7 @@ class Darts:
         alpha_betas: Of the alphas' Adam.
         alpha_weight_decay: L2 coefficient of the alphas.
         temperature: Of the softmax, for every choice; None takes what the space names (``SearchSpace.temperatures``).
+        resource: A term in the alphas' loss that pulls towards a target cost; None looks at the task's loss alone.
     """
 
     epochs: int = 50
@@ -64,6 +66,7 @@ class Darts:
     alpha_betas: tuple[float, float] = (0.5, 0.999)
     alpha_weight_decay: float = 1e-3
     temperature: float | None = None
+    resource: Resource | None = None
 
     def __post_init__(self) -> None:
         first, second = self.alpha_betas
@@ -114,8 +117,9 @@ class Darts:
     ) -> Generator[Report, bool, Sequence[Architecture]]:
         """Train the supernet and return its strongest architecture.
 
-        Yields per epoch ``train_loss`` and ``alpha_loss`` (means over the epoch), and ``mean_max_weight``: the
-        largest mixture weight of a choice, averaged over the choices (1 is as good as discrete).
+        Yields per epoch ``train_loss`` and ``alpha_loss`` (means over the epoch), ``mean_max_weight``, the largest
+        mixture weight of a choice, averaged over the choices (1 is as good as discrete), and with a resource the
+        expected cost, named ``expected_<metric>``.
 
         Args:
             space: Must have a supernet.
@@ -125,10 +129,13 @@ class Darts:
 
         Raises:
             UnsupportedError: The space has no supernet.
+            InvalidInputError: The resource's table is of another space.
             NonFiniteError: A loss or an alpha became NaN or infinite.
             ArchitectureError: The space refuses the architecture that was found.
         """
         device = context.device
+        if self.resource is not None and self.resource.table.space != space.identity:
+            raise InvalidInputError(f"the resource's table is of {self.resource.table.space}, not of {space.identity}")
         alphas = {
             name: torch.from_numpy(1e-3 * rng.standard_normal(len(options))).float().to(device).requires_grad_()
             for name, options in space.choices.items()
@@ -235,7 +242,10 @@ class Darts:
     ) -> Tensor:
         """The loss, with the gradients of the alphas set."""
         x, y = batch
-        loss = task.compute_loss(supernet(place(x, device), self._relax(space, alphas)), y.to(device))
+        relaxed = self._relax(space, alphas)
+        loss = task.compute_loss(supernet(place(x, device), relaxed), y.to(device))
+        if self.resource is not None:
+            loss = loss + self.resource.loss(relaxed)
         # Of the alphas alone: the gradients of the weights would be computed for nothing.
         gradients = torch.autograd.grad(loss, list(alphas.values()), allow_unused=True)
         for alpha, gradient in zip(alphas.values(), gradients, strict=True):
@@ -257,6 +267,9 @@ class Darts:
         if alpha_losses:
             metrics["alpha_loss"] = float(torch.stack(list(alpha_losses)).mean())
         metrics["mean_max_weight"] = float(largest.mean())
+        if self.resource is not None:
+            expected = self.resource.table.expected(self._relax(space, alphas))
+            metrics[f"expected_{self.resource.table.metric}"] = float(expected.detach())
         broken = [f"{name} is {value}" for name, value in metrics.items() if not math.isfinite(value)]
         if broken:
             raise NonFiniteError(f"epoch {epoch}: {', '.join(broken)}")

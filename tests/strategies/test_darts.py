@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 
+from nasplat.cost import CostTable, Resource
 from nasplat.errors import InvalidInputError, NonFiniteError, UnsupportedError
 from nasplat.space import SearchSpace, Supernet
 from nasplat.task import Task
@@ -235,3 +236,32 @@ def test_searches_bats():
     assert space.owns(found[0])
     assert len(reports) == 2
     assert np.isfinite(reports[-1].metrics["alpha_loss"])
+
+
+def test_a_resource_pulls_towards_the_cheap_options():
+    space, task = TinyCell(), Task.digits(limit=200)
+    costs_ms = {"zero": 0.0, "identity": 1.0, "pool": 3.0, "conv": 10.0, "relu": 1.0, "tanh": 2.0}
+    metric = CostTable.fit(
+        space,
+        "latency_ms",
+        lambda a: 5.0 + sum(costs_ms[option] for option in a.genes.values()),
+        np.random.default_rng(0),
+    )
+    explorer = Darts(epochs=3, batch_size=32, alpha_lr=0.2)
+    costs = {}
+    for weight in (0.0, 10.0):
+        reports = []
+        found = explore(
+            replace(explorer, resource=Resource(metric, target=1.0, weight=weight)),
+            space,
+            task,
+            RecordingContext(),
+            reports,
+        )
+        costs[weight] = metric.cost(found[0])
+        expected = [report.metrics["expected_latency_ms"] for report in reports]
+        assert weight == 0.0 or expected[-1] < 0.95 * expected[0]
+    everything = [metric.cost(architecture) for architecture in space.enumerate()]
+    assert costs[10.0] == min(everything)
+    with pytest.raises(InvalidInputError, match="table is of"):
+        explore(replace(explorer, resource=Resource(metric, 1.0)), Experts(), task, RecordingContext())
