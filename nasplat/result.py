@@ -16,6 +16,7 @@ from torch import nn
 
 from nasplat import journal
 from nasplat.architecture import Architecture
+from nasplat.drawing import Picture
 from nasplat.errors import FolderError, InvalidInputError, JournalError, UnsupportedError
 from nasplat.identity import restore
 from nasplat.objectives import Constraint, Objective
@@ -25,7 +26,7 @@ from nasplat.space import Option, SearchSpace
 from nasplat.strategy import Evaluate, History, Trial
 from nasplat.task import Task
 from nasplat.train import evaluate
-from nasplat.worker import trial_folder
+from nasplat.worker import phase_of, trial_folder
 
 if TYPE_CHECKING:
     from nasplat.export import ExportReport
@@ -122,6 +123,8 @@ class Candidate:
             with torch.no_grad():
                 model.eval()(self._task().example())
         model.load_state_dict(state)
+        if (phase := phase_of(path)) is not None:
+            phase.enter(model)
         return model.eval()
 
     def _task(self) -> Task:
@@ -142,6 +145,10 @@ class Candidate:
         scores = evaluate(self.model(), self._task(), source, "test", torch.device("cpu"), nullcontext)
         kept.write_text(json.dumps(scores))
         return scores
+
+    def draw(self) -> Picture:
+        """A picture of the architecture: ``result.best.draw().save("best.svg")``."""
+        return self._result.space.draw(self.architecture)
 
     def export(self, folder: str | Path) -> ExportReport:
         """Write the network in every format, load each again and compare it on real validation inputs.

@@ -14,6 +14,8 @@ from torch.utils.data import Dataset
 from nasplat.architecture import Architecture
 from nasplat.data.sources import Data, DatasetData, EmbeddedData, LoaderData, Splits, TensorData, TensorSource
 from nasplat.errors import InvalidInputError
+from nasplat.phases import Phase, PolicyName, Span, phases_of, spans
+from nasplat.teacher import Teacher
 
 Evaluation: TypeAlias = Callable[[Architecture, float, int], Mapping[str, float]]
 """``evaluate(architecture, budget, seed) -> metrics``."""
@@ -36,9 +38,11 @@ class Recipe:
         label_smoothing: In [0, 1); cross-entropy only.
         augment: Any of ``flip`` (left-right), ``shift`` (up to an eighth of the side, zero padded), ``cutout`` (a
             square of half the side set to 0), on images ``(n, c, h, w)``.
-        two_step: The first half of the epochs trains binary activations with real weights, the second half
-            binarises the weights too, with the schedule and optimiser begun anew (BATS, arXiv 2003.01711, section on
-            training; after arXiv 1904.05868). Networks without binary layers train twice on half of the epochs.
+        phases: What is binary, and which experts learn, for which share of the epochs: a sequence of
+            :class:`nasplat.phases.Phase`, or the name of a published one (``nasplat.phases.POLICIES``). Each phase
+            goes on from the weights of the one before, with optimiser and schedule begun anew. Empty: one phase that
+            leaves the network as it was built.
+        teacher: Teaches each phase by the network of the phase before; None is no teacher.
     """
 
     epochs: int = 3
@@ -50,16 +54,27 @@ class Recipe:
     clip: float | None = None
     label_smoothing: float = 0.0
     augment: tuple[str, ...] = ()
-    two_step: bool = False
+    phases: PolicyName | tuple[Phase, ...] = ()
+    teacher: Teacher | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "augment", tuple(self.augment))
+        object.__setattr__(self, "phases", phases_of(self.phases))
         legal = {"optimiser": ("adam", "adamw", "sgd"), "schedule": ("cosine", "constant")}
         for name, options in legal.items():
             if getattr(self, name) not in options:
                 raise InvalidInputError(f"{name} is {getattr(self, name)!r}; legal: {', '.join(options)}")
-        if self.epochs < 1 or (self.two_step and self.epochs < 2):
-            raise InvalidInputError(f"epochs is {self.epochs}; at least {2 if self.two_step else 1}")
+        if self.epochs < 1:
+            raise InvalidInputError(f"epochs is {self.epochs}; at least 1")
+        several = len(self.spans) > 1  # asked in any case, since it refuses too few epochs
+        if self.teacher is not None:
+            if not isinstance(self.teacher, Teacher):
+                raise InvalidInputError(f"teacher is {self.teacher!r}; a nasplat.Teacher, or None, is needed")
+            if self.teacher.network is None and not several:
+                raise InvalidInputError(
+                    "teacher: there is no phase before the first to teach it; give two phases or more, or "
+                    "Teacher(network=...)"
+                )
         if self.batch_size < 2:
             raise InvalidInputError(f"batch_size is {self.batch_size}; batch norm needs at least 2 examples")
         if not self.lr > 0 or self.weight_decay < 0 or not 0 <= self.label_smoothing < 1:
@@ -70,6 +85,15 @@ class Recipe:
         unknown = [name for name in self.augment if name not in AUGMENTATIONS]
         if unknown:
             raise InvalidInputError(f"augment has {', '.join(unknown)}; legal: {', '.join(AUGMENTATIONS)}")
+
+    @property
+    def spans(self) -> tuple[Span, ...]:
+        """The epochs of each phase.
+
+        Raises:
+            InvalidInputError: There are fewer epochs than the phases need.
+        """
+        return spans(phases_of(self.phases), self.epochs)
 
 
 def _recipe(given: Mapping[str, Any]) -> Recipe:

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from nasplat import seeding
 from nasplat.data.sources import Source
 from nasplat.errors import InvalidInputError, NonFiniteError
-from nasplat.nn import set_binarisation
+from nasplat.phases import Phase, Span
 from nasplat.strategy import Report
 from nasplat.task import Recipe, Task
+from nasplat.teacher import Lesson, frozen, transfer_points
 
 Step: TypeAlias = Callable[[], AbstractContextManager[None]]
 """Wraps one optimisation step: waits while a measurement runs, raises when the time is up."""
@@ -46,22 +47,45 @@ class Training:
         self.epoch = 0
         self._step = step
         self._order = torch.Generator().manual_seed(seed)
-        self._begin_phase()
+        self._spans = task.recipe.spans
+        if any(self._taught(index)[0] for index in range(len(self._spans))):
+            transfer_points(self.model)  # refused before the first epoch, not after a phase
+        self._begin_phase(0)
 
-    def _begin_phase(self) -> None:
-        """Make optimiser and schedule anew: at the start, and where the second of two steps begins."""
-        recipe = self.task.recipe
-        if recipe.two_step:
-            set_binarisation(self.model, weights=self.epoch >= recipe.epochs // 2)
-        self.optimiser = _optimiser(self.model, recipe)
+    def _begin_phase(self, index: int) -> None:
+        """Switch the model to a phase, and make its teacher, optimiser and schedule anew."""
+        self._phase = index
+        self._lesson = self._make_lesson()
+        if self.phase is not None:
+            self.phase.enter(self.model)
+        self.optimiser = _optimiser(self.model, self.task.recipe, self.phase)
 
-    def _phase(self) -> tuple[int, int]:
-        """First epoch, and end, of the phase that the current epoch lies in."""
-        recipe = self.task.recipe
-        if not recipe.two_step:
-            return 0, recipe.epochs
-        half = recipe.epochs // 2
-        return (0, half) if self.epoch < half else (half, recipe.epochs)
+    def _taught(self, index: int) -> tuple[float, float]:
+        """The weights of attention and logits in a phase."""
+        teacher = self.task.recipe.teacher
+        return teacher.weights(index, len(self._spans)) if teacher else (0.0, 0.0)
+
+    def _make_lesson(self) -> Lesson | None:
+        """The teacher of the phase, made while the model is still in the one before; None where it has none."""
+        teacher, (attention, logits) = self.task.recipe.teacher, self._taught(self._phase)
+        if teacher is None or not (attention or logits):
+            return None
+        if self._phase:
+            network = frozen(self.model)
+        else:
+            assert teacher.network is not None
+            with seeding.seeded(0):  # what it draws, the training does not
+                network = frozen(lay_out(teacher.network().to(self.device)))
+        return Lesson(teacher, network, self.model, attention, logits)
+
+    @property
+    def _span(self) -> Span:
+        return self._spans[self._phase]
+
+    @property
+    def phase(self) -> Phase | None:
+        """The phase that the model is in; None where the recipe has none."""
+        return self._span.phase
 
     def epochs(self, until: int) -> Iterator[Report]:
         """Train up to epoch ``until`` (counted from 1), with one report an epoch.
@@ -71,8 +95,8 @@ class Training:
         """
         splits = self.task.load()
         while self.epoch < until:
-            if self.epoch and self._phase()[0] == self.epoch:
-                self._begin_phase()
+            if self.epoch == self._span.end:
+                self._begin_phase(self._phase + 1)
             train_loss = self._train_epoch(splits.train)
             self.epoch += 1
             yield Report(self.epoch, {"train_loss": train_loss, **self.validate()})
@@ -87,11 +111,10 @@ class Training:
 
     def _train_epoch(self, source: Source) -> float:
         recipe = self.task.recipe
-        begin, end = self._phase()
+        begin, end, phase = self._span
+        lr, _ = _rates(recipe, phase)
         batches = -(-len(source) // recipe.batch_size) if isinstance(source, Sized) else 0
         self.model.train()
-        # Extra logits of the last training pass, and their weight in the loss: how a network offers auxiliary heads.
-        auxiliary_weight: Any = getattr(self.model, "auxiliary_weight", 0.0)
         total, count = torch.zeros((), device=self.device), 0
         for index, (x, y) in enumerate(source.batches(recipe.batch_size, self._order)):
             if index and len(x) == 1:
@@ -100,13 +123,11 @@ class Training:
                 if recipe.schedule == "cosine":
                     # Without a known length (a loader) the rate changes by the epoch.
                     passed = self.epoch - begin + (index / batches if batches else 0.0)
-                    rate = recipe.lr * 0.5 * (1 + math.cos(math.pi * passed / (end - begin)))
+                    rate = lr * 0.5 * (1 + math.cos(math.pi * passed / (end - begin)))
                     for group in self.optimiser.param_groups:
                         group["lr"] = rate
                 x, y = place(augment(x, recipe.augment, self._order), self.device), y.to(self.device)
-                loss = self.task.compute_loss(self.model(x), y)
-                for extra in getattr(self.model, "auxiliary", ()):
-                    loss = loss + auxiliary_weight * self.task.compute_loss(extra, y)
+                loss = self._loss(x, y)
                 self.optimiser.zero_grad(set_to_none=True)
                 loss.backward()  # type: ignore[no-untyped-call]
                 if recipe.clip is not None:
@@ -121,11 +142,29 @@ class Training:
             raise NonFiniteError(f"the training loss is {mean} in epoch {self.epoch + 1}")
         return mean
 
+    def _loss(self, x: Tensor, y: Tensor) -> Tensor:
+        """The loss of one batch: from the labels, from auxiliary heads, and from the teacher."""
+        if self._lesson is None:
+            outputs, loss = self.model(x), torch.zeros((), device=self.device)
+        else:
+            outputs, loss = self._lesson(self.model, x)
+            if not self._lesson.teacher.labels:
+                return loss
+        loss = loss + self.task.compute_loss(outputs, y)
+        # Extra logits of the last training pass, and their weight in the loss: how a network offers auxiliary heads.
+        auxiliary_weight: Any = getattr(self.model, "auxiliary_weight", 0.0)
+        for extra in getattr(self.model, "auxiliary", ()):
+            loss = loss + auxiliary_weight * self.task.compute_loss(extra, y)
+        return loss
+
     def state(self) -> dict[str, Any]:
         """What :meth:`load_state` goes on from: tensors and plain values only."""
         return {
             "epoch": self.epoch,
+            "phase": self._phase,
             "model": self.model.state_dict(),
+            # That of a user's own network is not among it: its function makes it again.
+            "teacher": self._lesson.network.state_dict() if self._lesson and self._phase else None,
             "optimiser": self.optimiser.state_dict(),
             "order": self._order.get_state(),
             "generators": seeding.get_state(),
@@ -133,8 +172,12 @@ class Training:
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Go on from a state, exactly."""
-        self.epoch = state["epoch"]
-        self._begin_phase()
+        self.epoch, index = state["epoch"], state["phase"]
+        if index and (before := self._spans[index - 1].phase):
+            before.enter(self.model)  # the mode that the teacher is in
+        self._begin_phase(index)
+        if self._lesson and index:
+            self._lesson.network.load_state_dict(state["teacher"])
         self.model.load_state_dict(state["model"])
         self.optimiser.load_state_dict(state["optimiser"])
         self._order.set_state(state["order"])
@@ -211,9 +254,16 @@ def augment(x: Tensor, kinds: tuple[str, ...], generator: torch.Generator) -> Te
     return x
 
 
-def _optimiser(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
+def _rates(recipe: Recipe, phase: Phase | None) -> tuple[float, float]:
+    """Learning rate at the start, and weight decay."""
+    lr, decay = (None, None) if phase is None else (phase.lr, phase.weight_decay)
+    return recipe.lr if lr is None else lr, recipe.weight_decay if decay is None else decay
+
+
+def _optimiser(model: nn.Module, recipe: Recipe, phase: Phase | None) -> torch.optim.Optimizer:
     parameters = list(model.parameters())
+    lr, weight_decay = _rates(recipe, phase)
     if recipe.optimiser == "sgd":
-        return torch.optim.SGD(parameters, lr=recipe.lr, momentum=0.9, weight_decay=recipe.weight_decay)
+        return torch.optim.SGD(parameters, lr=lr, momentum=0.9, weight_decay=weight_decay)
     kind = torch.optim.Adam if recipe.optimiser == "adam" else torch.optim.AdamW
-    return kind(parameters, lr=recipe.lr, weight_decay=recipe.weight_decay, fused=True)
+    return kind(parameters, lr=lr, weight_decay=weight_decay, fused=True)

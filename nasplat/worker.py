@@ -12,12 +12,13 @@ import time
 import traceback
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn.parameter import is_lazy
@@ -26,6 +27,7 @@ from nasplat.cost.bench import Bench
 from nasplat.cost.meter import CostMeter
 from nasplat.errors import InvalidInputError, NonFiniteError, TimeLimitError
 from nasplat.objectives import Constraint
+from nasplat.phases import Phase
 from nasplat.search import Assignment, Outcome
 from nasplat.seeding import seeded
 from nasplat.space import SearchSpace
@@ -190,7 +192,7 @@ class Worker:
     ) -> None:
         """Keep the weights, and what a later trial needs to go on from here."""
         folder = trial_folder(self.folder, number)
-        save_weights(training.model.state_dict(), folder / "weights.safetensors")
+        save_weights(training.model.state_dict(), folder / "weights.safetensors", training.phase)
         if goes_on:
             state = {**training.state(), "first": first, "last": dict(last)}
             save_checkpoint(state, folder / "checkpoint.pt")
@@ -332,14 +334,21 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     return state
 
 
-def save_weights(state: Mapping[str, torch.Tensor], path: Path) -> None:
-    """Write weights as safetensors, in one step."""
+def save_weights(state: Mapping[str, torch.Tensor], path: Path, phase: Phase | None = None) -> None:
+    """Write weights as safetensors, in one step; with the phase of training that they were left in, if any."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
     # safetensors takes contiguous tensors that share no memory (tied weights do): give each its own.
     own = {name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in state.items()}
-    save_file(own, temporary)
+    save_file(own, temporary, {"phase": json.dumps(asdict(phase))} if phase else None)
     temporary.replace(path)
+
+
+def phase_of(path: Path) -> Phase | None:
+    """The phase that :func:`save_weights` wrote beside the weights: what of their network is binary."""
+    with safe_open(path, "pt") as file:
+        held = (file.metadata() or {}).get("phase")
+    return Phase(**json.loads(held)) if held else None
 
 
 def _finite(values: Mapping[str, Any]) -> dict[str, float]:

@@ -16,6 +16,8 @@ import torch
 from torch import nn
 
 from nasplat import Architecture, Evaluate, History, SearchSpace
+from nasplat.nn import BinaryBlock
+from nasplat.nn.expert import ExpertBinaryConv2d
 
 ROOT = Path(__file__).parents[1]
 
@@ -65,6 +67,40 @@ class Conv(SearchSpace):
             nn.Flatten(),
             nn.LazyLinear(self.classes),
         )
+
+
+@dataclass(frozen=True)
+class Binary(SearchSpace):
+    """Two small networks for grey images, with binary layers, experts and transfer points."""
+
+    classes: int = 10
+
+    @property
+    def choices(self):
+        return {"channels": (4, 6)}
+
+    def build(self, architecture: Architecture) -> nn.Module:
+        return BinaryNetwork(architecture.genes["channels"], self.classes)
+
+
+class BinaryNetwork(nn.Module):
+    """Two stages at half and a quarter of the side."""
+
+    transfer_points = ("stage1", "stage2")
+
+    def __init__(self, channels: int, classes: int) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(1, channels, 3, stride=2, padding=1)
+        self.stage1 = BinaryBlock(channels, channels, 3)
+        self.pool = nn.AvgPool2d(2)
+        self.norm = nn.BatchNorm2d(channels)
+        self.stage2 = ExpertBinaryConv2d(channels, channels, 3, padding=1, experts=2)
+        self.dropout = nn.Dropout(0.1)
+        self.head = nn.LazyLinear(classes)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.stage2(self.norm(self.pool(self.stage1(self.stem(x)))))
+        return self.head(self.dropout(x.flatten(1)))
 
 
 @dataclass(frozen=True)

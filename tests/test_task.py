@@ -5,11 +5,14 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
-from nasplat import Recipe, Task
+from nasplat import Recipe, Task, cli
 from nasplat.data.sources import DatasetData, LoaderData, Splits, TensorSource
 from nasplat.errors import InvalidInputError, UnsupportedError
-from nasplat.identity import describe
+from nasplat.identity import describe, restore
+from nasplat.phases import POLICIES, TWO_STEP, Phase
+from nasplat.plugins import restorable
 from nasplat.task import cross_entropy
+from nasplat.teacher import Teacher
 
 
 def rows(source) -> set[bytes]:
@@ -59,7 +62,15 @@ def test_limit_takes_from_train_alone_and_size_resizes():
     ("make", "says"),
     [
         (lambda: Task.digits(epochs=0), "epochs is 0; at least 1"),
-        (lambda: Task.digits(epochs=1, two_step=True), "epochs is 1; at least 2"),
+        (lambda: Task.digits(epochs=1, phases=TWO_STEP), "epochs is 1; phases with shares 0.5, 0.5 need at least 2"),
+        (lambda: Task.digits(epochs=2, phases="expert"), "shares 0.333333, 0.333333, 0.333333 need at least 3"),
+        (lambda: Task.digits(phases="three_step"), "phases is 'three_step'; legal: .* one of two_step, expert, "),
+        (lambda: Task.digits(phases=("two_step",)), "legal: a sequence of nasplat.Phase"),
+        (lambda: Task.digits(phases=Phase(1)), "legal: a sequence of nasplat.Phase"),
+        (lambda: Task.digits(phases=(Phase(0.5), Phase(0.4))), "shares of the 2 phases sum to 0.9; they must sum to 1"),
+        (lambda: Task.digits(teacher=True), "teacher is True; a nasplat.Teacher, or None, is needed"),
+        (lambda: Task.digits(teacher=Teacher()), r"no phase before the first to teach it; .*Teacher\(network="),
+        (lambda: Task.digits(phases=(Phase(1),), teacher=Teacher()), "give two phases or more"),
         (lambda: Task.digits(batch_size=1), "batch norm needs at least 2"),
         (lambda: Task.digits(lr=0), "lr 0 must be positive"),
         (lambda: Task.digits(lr=float("nan")), "must be positive"),
@@ -205,3 +216,67 @@ def test_a_function_says_its_metrics_or_not():
 
 def test_a_recipe_takes_a_list_of_augmentations():
     assert Recipe(augment=["flip"]) == Recipe(augment=("flip",))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_a_policy_by_its_name_is_its_phases(name):
+    named, given = Task.digits(phases=name), Task.digits(phases=list(POLICIES[name]))
+    assert named == given and describe(named) == describe(given) != describe(Task.digits())
+    assert Recipe(phases=name).phases == POLICIES[name]
+
+
+def test_phases_and_teacher_come_back_from_a_description():
+    task = Task.digits(phases="progressive", teacher=Teacher(attention=3.0, last="all"))
+    assert restore(describe(task), restorable()) == task
+
+
+def test_phases_are_named_on_the_command_line():
+    assert cli._task("digits", {"epochs": "4", "phases": "two_step"}) == Task.digits(epochs=4, phases=TWO_STEP)
+    with pytest.raises(InvalidInputError, match="or one of two_step, expert"):
+        cli._task("digits", {"phases": "two_steps"})
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (lambda: Phase(0), r"share is 0; legal: a number in \[0.001, 1\]"),
+        (lambda: Phase(1, binary_activations="sigmoid"), "binary_activations is 'sigmoid'; legal: True, False, 'tanh'"),
+        (lambda: Phase(1, binary_weights=None), "binary_weights is None; legal: True, False"),
+        (lambda: Phase(1, experts="none"), "experts is 'none'; legal: 'all', 'one'"),
+        (lambda: Phase(1, lr=0.0), "lr is 0.0; legal: a positive number"),
+        (lambda: Phase(1, weight_decay=-1e-5), "weight_decay is -1e-05; legal: a number from 0 up"),
+    ],
+)
+def test_a_phase_says_what_is_wrong(make, says):
+    with pytest.raises(InvalidInputError, match=says):
+        make()
+
+
+@pytest.mark.parametrize(
+    ("shares", "epochs", "expected"),
+    [
+        ((0.5, 0.5), 5, [(0, 2), (2, 5)]),
+        ((1 / 3, 1 / 3, 1 / 3), 3, [(0, 1), (1, 2), (2, 3)]),
+        ((1 / 3, 1 / 3, 1 / 3), 75, [(0, 25), (25, 50), (50, 75)]),
+        ((0.1, 0.2, 0.7), 10, [(0, 1), (1, 3), (3, 10)]),
+        ((0.8, 0.2), 2, [(0, 1), (1, 2)]),
+        ((0.7, 0.1, 0.2), 10, [(0, 7), (7, 8), (8, 10)]),
+        ((1.0,), 1, [(0, 1)]),
+    ],
+)
+def test_phases_share_the_epochs(shares, epochs, expected):
+    phases = tuple(map(Phase, shares))
+    found = Recipe(epochs=epochs, phases=phases).spans
+    assert [(span.begin, span.end) for span in found] == expected
+    assert tuple(span.phase for span in found) == phases
+    for fewer in range(1, epochs):
+        if fewer < len(shares):
+            with pytest.raises(InvalidInputError, match="need at least"):
+                Recipe(epochs=fewer, phases=phases)
+
+
+def test_the_least_number_of_epochs_is_said_and_is_enough():
+    phases = (Phase(0.4), Phase(0.2), Phase(0.4))
+    with pytest.raises(InvalidInputError, match=r"epochs is 3; phases with shares 0.4, 0.2, 0.4 need at least 4$"):
+        Recipe(epochs=3, phases=phases)
+    assert [span.end for span in Recipe(epochs=4, phases=phases).spans] == [1, 2, 4]

@@ -2,16 +2,19 @@ from __future__ import annotations
 
 import math
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 
 import pytest
 import torch
-from helpers import Conv, Mlp, equal_states
+from helpers import Binary, Conv, Mlp, equal_states
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from nasplat import Task
+from nasplat import Recipe, Task
 from nasplat.errors import InvalidInputError, NonFiniteError
 from nasplat.nn import BinaryConv2d
+from nasplat.phases import EXPERT, PROGRESSIVE, PROGRESSIVE_EXPERT, TWO_STEP, Phase
+from nasplat.teacher import Teacher
 from nasplat.train import Training, augment, evaluate, place
 
 CPU = torch.device("cpu")
@@ -22,7 +25,7 @@ def built(space=None, genes=None, seed=0):
     torch.manual_seed(seed)
     space = space or Conv()
     model = space.build(space.architecture(genes) if genes else CONV)
-    if isinstance(space, Conv):
+    if isinstance(space, Conv | Binary):
         model.eval()(torch.zeros(1, 1, 8, 8))
     return model.train()
 
@@ -115,60 +118,124 @@ def test_a_loader_of_unknown_length_changes_its_rate_by_the_epoch():
     assert found == pytest.approx([0.1] * 3 + [0.05] * 3)
 
 
-class Binary(nn.Module):
+# Phases.
+
+
+class Watched(nn.Module):
+    """Writes down, at each training pass, the mode of the layers of a binary network."""
+
     def __init__(self):
         super().__init__()
-        self.conv = BinaryConv2d(1, 8, 3, padding=1)
-        self.head = nn.Linear(8 * 64, 10)
-        self.seen: list[tuple[bool, bool]] = []
+        torch.manual_seed(0)
+        self.network = Binary().build(Binary().architecture({"channels": 4}))
+        self.network.eval()(torch.zeros(1, 1, 8, 8))
+        self.transfer_points = ("network.stage1", "network.stage2")
+        self.modes: list[tuple[object, bool, bool]] = []
+        self.experts: list[torch.Tensor] = []
 
     def forward(self, x):
         if self.training:
-            self.seen.append((self.conv.is_binary, bool(torch.is_grad_enabled())))
-        return self.head(self.conv(x).flatten(1))
+            layers = [layer for layer in self.modules() if isinstance(layer, BinaryConv2d)]
+            assert len(layers) == 2
+            modes = {(x.tanh_activations or (x.binary_activations and "sign"), x.binary_weights) for x in layers}
+            assert len(modes) == 1
+            self.modes.append((*modes.pop(), self.network.stage2.single))
+            self.experts.append(self.network.stage2.weight.detach().clone())
+        return self.network(x)
 
 
-def test_two_step_binarises_in_the_second_half_and_begins_the_schedule_anew():
-    task = Task.digits(epochs=4, limit=100, batch_size=50, lr=0.01, two_step=True)
-    model = Binary()
+@pytest.mark.parametrize(
+    ("phases", "epochs", "expected"),
+    [
+        ((), 2, [("sign", True, False)] * 2),
+        (TWO_STEP, 5, [("sign", False, False)] * 2 + [("sign", True, False)] * 3),
+        (EXPERT, 4, [("sign", False, True), ("sign", False, False), ("sign", True, False), ("sign", True, False)]),
+        (PROGRESSIVE, 3, [(True, False, True), ("sign", False, False), ("sign", True, False)]),
+        (PROGRESSIVE_EXPERT, 3, [(False, False, True), ("sign", False, True), ("sign", True, False)]),
+        ((Phase(0.25), Phase(0.75, False, True)), 4, [("sign", True, False)] + [(False, True, True)] * 3),
+    ],
+)
+def test_each_epoch_is_in_the_mode_of_its_phase(phases, epochs, expected):
+    task = Task.digits(epochs=epochs, limit=60, batch_size=30, phases=phases)
+    model = Watched()
     found = rates(task, model)
-    steps = len(found) // 4
-    binary = [seen for seen, _ in model.seen]
-    assert binary == [False] * (2 * steps) + [True] * (2 * steps)
-    assert found[: 2 * steps] == found[2 * steps :]
-    assert found[0] == 0.01 and found[2 * steps - 1] < 0.005
+    steps = len(found) // epochs
+    assert model.modes == [mode for mode in expected for _ in range(steps)]
+    # The schedule begins anew with each phase, and falls within it.
+    begins = [span.begin for span in task.recipe.spans]
+    assert [index for index, rate in enumerate(found) if rate == task.recipe.lr] == [steps * begin for begin in begins]
 
 
-def test_two_step_makes_the_optimiser_anew():
-    task = Task.digits(epochs=2, limit=60, batch_size=30, two_step=True)
-    run = training(task, Binary())
-    first = run.optimiser
-    list(run.epochs(1))
-    assert run.optimiser is first
-    list(run.epochs(2))
-    assert run.optimiser is not first
+def test_experts_begin_as_copies_of_the_one_that_was_trained():
+    model = Watched()
+    list(training(Task.digits(epochs=3, limit=60, batch_size=30, lr=0.01, phases=EXPERT), model).epochs(3))
+    steps = len(model.experts) // 3
+    first, copied, later = (model.experts[index] for index in (0, steps, 2 * steps - 1))
+    assert not torch.equal(first[0], first[1])
+    assert torch.equal(copied[0], copied[1]) and not torch.equal(copied[0], first[0])
+    assert not torch.equal(later[0], later[1])
 
 
-@pytest.mark.parametrize("two_step", [False, True])
-@pytest.mark.parametrize("cut", [1, 2, 3])
-def test_a_state_goes_on_bit_for_bit(two_step, cut):
-    task = Task.digits(epochs=4, limit=100, batch_size=32, augment=("flip", "shift", "cutout"), two_step=two_step)
-    torch.manual_seed(1)
-    whole = training(task, built(seed=3), seed=5)
+@pytest.mark.parametrize("kind", ["adam", "sgd"])
+def test_a_phase_has_an_optimiser_of_its_own(kind):
+    phases = (Phase(0.25, lr=0.1, weight_decay=1e-5), Phase(0.25, weight_decay=0.0), Phase(0.5, lr=0.3))
+    task = Task.digits(
+        epochs=4, limit=60, batch_size=30, lr=0.2, weight_decay=0.01, phases=phases, schedule="constant",
+        optimiser=kind,
+    )  # fmt: skip
+    run = training(task, Watched())
+    seen = []
+    for _ in run.epochs(4):
+        group = run.optimiser.param_groups[0]
+        seen.append((run.optimiser, group["lr"], group["weight_decay"]))
+    assert [rest for _, *rest in seen] == [[0.1, 1e-5], [0.2, 0.0], [0.3, 0.01], [0.3, 0.01]]
+    assert len({id(optimiser) for optimiser, *_ in seen}) == 3 and seen[2][0] is seen[3][0]
+
+
+def test_a_phases_own_rate_falls_from_there():
+    phases = (Phase(0.5, lr=0.1), Phase(0.5))
+    found = rates(Task.digits(epochs=2, limit=60, batch_size=30, lr=0.2, phases=phases), Watched())
+    half = len(found) // 2
+    assert found[half:] == pytest.approx([0.1 * (1 + math.cos(math.pi * i / half)) for i in range(half)])
+    assert found[:half] == pytest.approx([rate / 2 for rate in found[half:]])
+
+
+def test_a_network_without_binary_layers_passes_through_phases_as_it_is(blobs):
+    genes = {"width": 4, "depth": 1, "act": "relu", "norm": False}
+    x, y = blobs.data.x_train, blobs.data.y_train
+    task = Task.from_tensors(x, y, epochs=2, phases="two_step", lr=0.02)
+    assert rates(task, built(Mlp(), genes)) == 2 * rates(
+        replace(task, recipe=Recipe(epochs=1, lr=0.02)), built(Mlp(), genes)
+    )
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [
+        {},
+        {"phases": TWO_STEP},
+        {"phases": EXPERT},
+        {"phases": PROGRESSIVE, "teacher": Teacher(last="all")},
+    ],
+    ids=["plain", "two_step", "expert", "progressive"],
+)
+def test_a_state_goes_on_bit_for_bit(policy):
+    task = Task.digits(epochs=4, limit=60, batch_size=20, augment=("flip", "shift", "cutout"), **policy)
+    genes = {"channels": 4}
+    whole = training(task, built(Binary(), genes, seed=3), seed=5)
     torch.manual_seed(7)  # dropout draws from here
-    expected = [dict(report.metrics) for report in whole.epochs(4)]
-
-    torch.manual_seed(1)
-    first = training(task, built(seed=3), seed=5)
-    torch.manual_seed(7)
-    reports = [dict(report.metrics) for report in first.epochs(cut)]
-    state = deep(first.state())
-    torch.manual_seed(99)
-    second = training(task, built(seed=11), seed=12)
-    second.load_state(state)
-    reports += [dict(report.metrics) for report in second.epochs(4)]
-    assert reports == expected
-    assert equal_states(second.model.state_dict(), whole.model.state_dict())
+    reports, states = [], []
+    for report in whole.epochs(4):
+        reports.append(dict(report.metrics))
+        states.append(deep(whole.state()))
+    for cut in (1, 2, 3):
+        torch.manual_seed(99)
+        second = training(task, built(Binary(), genes, seed=11), seed=12)
+        second.load_state(states[cut - 1])
+        # Where a phase has just ended, the network is still in it.
+        assert second.validate() == {name: reports[cut - 1][name] for name in ("val_loss", "val_accuracy")}
+        assert [dict(report.metrics) for report in second.epochs(4)] == reports[cut:]
+        assert equal_states(second.model.state_dict(), whole.model.state_dict())
 
 
 def test_the_seed_decides_the_order(blobs):

@@ -6,10 +6,12 @@ builds on: ``y = conv(sign(x), sign(W)) * scale``, with no scale derived from th
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+
+from nasplat.nn.prelu import PReLU
 
 
 class _StraightThroughSign(torch.autograd.Function):
@@ -64,6 +66,8 @@ class BinaryConv2d(nn.Conv2d):
         scale: Shape ``(out_channels,)``, ones at first.
         binary_activations: Whether the input is replaced by its sign. Plain attribute, can be switched at any time.
         binary_weights: Whether the weights are replaced by their signs. Likewise.
+        tanh_activations: Whether an input that is not replaced by its sign is replaced by its hyperbolic tangent: the
+            real network that teaches a binary one has it in place of the sign (arXiv:2003.11535). Likewise.
     """
 
     def __init__(
@@ -92,15 +96,22 @@ class BinaryConv2d(nn.Conv2d):
         self.scale = nn.Parameter(torch.ones(out_channels))
         self.binary_activations = binary_activations
         self.binary_weights = binary_weights
+        self.tanh_activations = False
 
     @property
     def is_binary(self) -> bool:
         """Whether it multiplies bits by bits, at present: both operands are binarised."""
         return self.binary_activations and self.binary_weights
 
+    def squash(self, input: Tensor) -> Tensor:
+        """The input as the convolution sees it: its sign, its hyperbolic tangent, or itself; of the same shape."""
+        if self.binary_activations:
+            return sign(input)
+        return torch.tanh(input) if self.tanh_activations else input
+
     def forward(self, input: Tensor) -> Tensor:
         """From ``(n, in_channels, h, w)`` to ``(n, out_channels, h', w')``."""
-        x = sign(input) if self.binary_activations else input
+        x = self.squash(input)
         weight = sign(self.weight) if self.binary_weights else self.weight
         y: Tensor = self._conv_forward(x, weight, None) * self.scale.view(-1, 1, 1)
         return y
@@ -108,10 +119,13 @@ class BinaryConv2d(nn.Conv2d):
     def extra_repr(self) -> str:
         """What ``print`` shows: the convolution's parameters and what is binary."""
         shapes = super().extra_repr()  # type: ignore[no-untyped-call]
-        return f"{shapes}, binary_activations={self.binary_activations}, binary_weights={self.binary_weights}"
+        tanh = ", tanh_activations=True" if self.tanh_activations else ""
+        return f"{shapes}, binary_activations={self.binary_activations}, binary_weights={self.binary_weights}{tanh}"
 
 
-def set_binarisation(model: nn.Module, *, weights: bool | None = None, activations: bool | None = None) -> None:
+def set_binarisation(
+    model: nn.Module, *, weights: bool | None = None, activations: bool | Literal["tanh"] | None = None
+) -> None:
     """Switch what is binary in every :class:`BinaryConv2d` of a model, in place.
 
     The recipe of two steps (arXiv:2003.11535) trains with ``weights=False`` first, then with
@@ -120,14 +134,16 @@ def set_binarisation(model: nn.Module, *, weights: bool | None = None, activatio
     Args:
         model: Any module; without binary layers nothing happens.
         weights: The new ``binary_weights``; None leaves it.
-        activations: The new ``binary_activations``; None leaves it.
+        activations: The new ``binary_activations``; ``"tanh"``: not binary, with the hyperbolic tangent in place of
+            the sign; None leaves it.
     """
     for layer in model.modules():
         if isinstance(layer, BinaryConv2d):
             if weights is not None:
                 layer.binary_weights = weights
             if activations is not None:
-                layer.binary_activations = activations
+                layer.binary_activations = activations != "tanh" and activations
+                layer.tanh_activations = activations == "tanh"
 
 
 class BinaryBlock(nn.Module):
@@ -173,7 +189,7 @@ class BinaryBlock(nn.Module):
             groups=groups,
             binary_weights=binary_weights,
         )
-        self.activation = nn.PReLU(out_channels)
+        self.activation = PReLU(out_channels)
         self.shuffle = nn.ChannelShuffle(shuffle) if shuffle > 1 else nn.Identity()
         self.shortcut = stride == 1 and in_channels == out_channels
 
@@ -205,7 +221,7 @@ class BinaryFactorisedReduce(nn.Module):
         self.norm = nn.BatchNorm2d(in_channels, affine=affine)
         self.conv_even = BinaryConv2d(in_channels, half, 1, stride=2, binary_weights=binary_weights)
         self.conv_odd = BinaryConv2d(in_channels, out_channels - half, 1, stride=2, binary_weights=binary_weights)
-        self.activation = nn.PReLU(out_channels)
+        self.activation = PReLU(out_channels)
 
     def forward(self, x: Tensor) -> Tensor:
         """From ``(n, in_channels, h, w)``, ``h, w >= 2``, to ``(n, out_channels, ceil(h / 2), ceil(w / 2))``."""

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F  # noqa: N812
 
+from nasplat.cost.count import count
 from nasplat.nn import BinaryBlock, BinaryConv2d, BinaryFactorisedReduce, set_binarisation, sign
 
 VALUES = [-2.0, -1.0, -0.5, -1e-45, -0.0, 0.0, 1e-45, 0.5, 1.0, 2.0]
@@ -82,6 +83,30 @@ def test_binary_conv_switches() -> None:
     layer.binary_activations = False
     torch.testing.assert_close(layer(x), F.conv2d(x, layer.weight, padding=1))
     assert "binary_weights=False" in repr(layer)
+
+
+def test_binary_conv_with_tanh_in_place_of_the_sign() -> None:
+    torch.manual_seed(0)
+    layer = BinaryConv2d(2, 2, 3, padding=1)
+    x = torch.randn(1, 2, 5, 5)
+    binary = layer(x)
+    set_binarisation(layer, activations="tanh")
+    torch.testing.assert_close(layer(x), F.conv2d(torch.tanh(x), sign(layer.weight), padding=1))
+    assert not layer.is_binary and layer.binary_weights
+    assert "binary_activations=False, binary_weights=True, tanh_activations=True" in repr(layer)
+    set_binarisation(layer, weights=False)
+    torch.testing.assert_close(layer(x), F.conv2d(torch.tanh(x), layer.weight, padding=1))
+    # 4 * 9 products at each of 25 places, a scale for each of 50 outputs, a tanh of each of 50 inputs.
+    counts = count(layer, x)
+    assert (counts.bops, counts.conv_macs_real, counts.flops) == (0, 36 * 25, 36 * 25 + 50 + 50)
+    program = torch.export.export(layer, (x,))
+    assert torch.equal(program.module()(x), layer(x))
+    set_binarisation(layer, activations=False)
+    torch.testing.assert_close(layer(x), F.conv2d(x, layer.weight, padding=1))
+    assert not layer.tanh_activations and "tanh" not in repr(layer)
+    set_binarisation(layer, activations="tanh")
+    set_binarisation(layer, activations=True, weights=True)
+    assert layer.is_binary and not layer.tanh_activations and torch.equal(layer(x), binary)
 
 
 def test_binary_conv_trains_weights_and_scale() -> None:

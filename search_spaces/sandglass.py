@@ -1,0 +1,744 @@
+"""Mobile networks of sandglass and inverted residual blocks (Zhou et al. 2020, arXiv:2007.02269).
+
+A network is a stem, a row of stages and a classifier. A stage is a row of equal blocks; its first block changes the
+channels and may halve the image, the others have a shortcut. Searched per stage: which block, its kernel, its reduction
+ratio, how many blocks and how many channels. MobileNeXt, the paper's network, is one architecture of the paper-size
+preset: ``Sandglass.imagenet().mobilenext()``.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
+from typing import Any, Literal, NamedTuple, Self
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from nasplat.architecture import Architecture
+from nasplat.drawing import Block, Sketch, Stages
+from nasplat.errors import InvalidInputError, UnsupportedError
+from nasplat.nn.mobile import (
+    ConvNorm,
+    InvertedResidual,
+    SandglassBlock,
+    identity_channels,
+    make_divisible,
+    sandglass_width,
+)
+from nasplat.space import Option, Relaxed, SearchSpace, Supernet
+
+MOBILENEXT = (
+    (2, 96, 1, 2),
+    (6, 144, 1, 1),
+    (6, 192, 3, 2),
+    (6, 288, 3, 2),
+    (6, 384, 4, 1),
+    (6, 576, 4, 2),
+    (6, 960, 3, 1),
+    (6, 1280, 1, 1),
+)
+"""MobileNeXt's stages (the authors' code): reduction ratio, channels, blocks, stride of the first block."""
+
+INVERTED_RESIDUAL = "inverted_residual"
+"""The option of a stage's block that is not a sandglass."""
+
+
+def _different(values: Sequence[Any]) -> bool:
+    return len(values) > 0 and len(set(values)) == len(values)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What is fixed of a stage, and what is offered.
+
+    Attributes:
+        channels: Channels of its output at width 1.
+        stride: Of its first block, 1 or 2.
+        depths: How many blocks it may have: ``(1,)``, or numbers from 2 up. A stage of one block has no shortcut, so it
+            offers no identity multiplier.
+        reductions: Reduction ratios of a sandglass block, which are the expansion ratios of an inverted residual;
+            from 2 up.
+    """
+
+    channels: int
+    stride: int
+    depths: tuple[int, ...]
+    reductions: tuple[int, ...] = (2, 4, 6)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "depths", tuple(self.depths))
+        object.__setattr__(self, "reductions", tuple(self.reductions))
+        if self.channels < 1 or self.stride not in (1, 2):
+            raise InvalidInputError(
+                f"Stage: channels is {self.channels}, stride {self.stride}; legal: channels from 1 up, stride 1 or 2"
+            )
+        if not _different(self.depths) or (self.depths != (1,) and min(self.depths) < 2):
+            raise InvalidInputError(f"Stage: depths is {self.depths}; legal: (1,), or different numbers from 2 up")
+        if not _different(self.reductions) or min(self.reductions) < 2:
+            raise InvalidInputError(f"Stage: reductions is {self.reductions}; legal: different integers from 2 up")
+
+
+@dataclass(frozen=True)
+class Sandglass(SearchSpace):
+    """Stages of sandglass or inverted residual blocks: block, kernel, reduction ratio, depth and width of each.
+
+    Attributes:
+        stages: The stages in the order of the data.
+        kernels: Sides of the depthwise kernels, odd.
+        widths: Multiples of a stage's channels.
+        identities: Identity tensor multipliers, above 0 up to 1: shares of the channels that get the shortcut.
+        variant: Rules of the sandglass block: ``paper``, all four steps always; ``code``, those of the authors' code
+            (``nasplat.nn.mobile.SandglassBlock``).
+        width_multiplier: Scales stem and stages, but never shrinks the last stage. Channels are rounded to multiples
+            of 8.
+        stem: Channels of the stem, a 3x3 convolution.
+        stem_stride: Stride of the stem, 1 or 2.
+        dropout: Probability of dropout before the classifier, in built networks; the supernet has none.
+        in_channels: Channels of an image.
+        classes: Number of classes.
+    """
+
+    stages: tuple[Stage, ...] = (
+        Stage(16, 1, (2, 3), (2, 4)),
+        Stage(32, 2, (2, 3), (2, 4)),
+        Stage(64, 2, (2, 3), (2, 4)),
+    )
+    kernels: tuple[int, ...] = (3, 5)
+    widths: tuple[float, ...] = (0.5, 1.0)
+    identities: tuple[float, ...] = (1.0, 0.5)
+    variant: Literal["paper", "code"] = "paper"
+    width_multiplier: float = 1.0
+    stem: int = 16
+    stem_stride: int = 2
+    dropout: float = 0.0
+    in_channels: int = 3
+    classes: int = 10
+
+    def __post_init__(self) -> None:
+        for name in ("stages", "kernels", "widths", "identities"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        for name in ("kernels", "widths", "identities"):
+            options = getattr(self, name)
+            if not _different(options):
+                raise InvalidInputError(f"Sandglass: {name} is {options}; legal: one or more, all different")
+        if not self.stages or not all(isinstance(stage, Stage) for stage in self.stages):
+            raise InvalidInputError(f"Sandglass: stages is {self.stages!r}; legal: one or more Stage(...)")
+        for name in ("stem", "in_channels", "classes"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise InvalidInputError(f"Sandglass: {name} is {value!r}; legal: an integer from 1 up")
+        if any(kernel < 1 or kernel % 2 == 0 for kernel in self.kernels):
+            raise InvalidInputError(f"Sandglass: kernels is {self.kernels}; legal: odd integers from 1 up")
+        if any(not 0 < identity <= 1 for identity in self.identities):
+            raise InvalidInputError(f"Sandglass: identities is {self.identities}; legal: above 0 up to 1")
+        if self.variant not in ("paper", "code"):
+            raise InvalidInputError(f"Sandglass: variant is {self.variant!r}; legal: 'paper', 'code'")
+        if self.stem_stride not in (1, 2):
+            raise InvalidInputError(f"Sandglass: stem_stride is {self.stem_stride}; legal: 1, 2")
+        if not self.width_multiplier > 0 or min(self.widths) <= 0 or not 0 <= self.dropout < 1:
+            raise InvalidInputError(
+                f"Sandglass: width_multiplier is {self.width_multiplier}, widths {self.widths}, dropout "
+                f"{self.dropout}; legal: widths above 0, dropout from 0 to below 1"
+            )
+        for index in range(len(self.stages)):
+            channels = [self._channels(index, width) for width in self.widths]
+            if not _different(channels):
+                raise InvalidInputError(
+                    f"Sandglass: widths {self.widths} give {_stage(index)} the channels {channels}, rounded to "
+                    "multiples of 8; legal: widths further apart, or more channels"
+                )
+
+    @classmethod
+    def small(cls, **overrides: Any) -> Self:
+        """Three stages of up to 64 channels on grey images of 8x8 to 28x28: trains on one CPU core.
+
+        The paper's block: the floor of the authors' code would make the middle of every narrow block equally wide.
+
+        Args:
+            overrides: Any attribute, e.g. ``Sandglass.small(in_channels=3, classes=100)``.
+        """
+        return cls(**{"in_channels": 1, **overrides})
+
+    @classmethod
+    def imagenet(cls, width: float = 1.0, **overrides: Any) -> Self:
+        """Choices around MobileNeXt on ImageNet, images of 224x224, with the block of the authors' code.
+
+        The first stage offers one reduction ratio: the floor of the authors' code leaves 16 channels at any.
+
+        Args:
+            width: The width multiplier; published are 1.4, 1, 0.75, 0.5 and 0.35.
+            overrides: Any attribute.
+        """
+        stages = tuple(
+            Stage(
+                channels,
+                stride,
+                depths=(1,) if blocks == 1 else (blocks - 1, blocks, blocks + 1),
+                reductions=(reduction,) if index == 0 else (2, 4, 6),
+            )
+            for index, (reduction, channels, blocks, stride) in enumerate(MOBILENEXT)
+        )
+        values: dict[str, Any] = {
+            "stages": stages,
+            "kernels": (3, 5, 7),
+            "widths": (0.75, 1.0, 1.25),
+            "identities": (1.0, 0.5),
+            "variant": "code",
+            "width_multiplier": float(width),
+            "stem": 32,
+            "dropout": 0.2,
+            "classes": 1000,
+        }
+        return cls(**{**values, **overrides})
+
+    @property
+    def choices(self) -> Mapping[str, Sequence[Option]]:
+        """Per stage ``stage1/block``, ``/kernel``, ``/reduction``, ``/depth`` and ``/width``.
+
+        What a stage has no choice of is not named. The identity multiplier is part of the block, since only a
+        sandglass block has one: ``sandglass`` (1), ``sandglass_id0.5``, ``inverted_residual``.
+        """
+        return {
+            f"{_stage(index)}/{name}": options
+            for index in range(len(self.stages))
+            for name, options in self._options(index).items()
+            if len(options) > 1
+        }
+
+    def interactions(self) -> Sequence[tuple[str, ...]]:
+        """The choices of a stage make its cost together.
+
+        A table of such costs is an approximation: the first block of a stage also depends on the width of the stage
+        before, which a table with one tuple per choice cannot hold.
+        """
+        grouped = [
+            tuple(name for name in self.choices if name.startswith(f"{_stage(index)}/"))
+            for index in range(len(self.stages))
+        ]
+        return [names for names in grouped if names]
+
+    def mobilenext(self) -> Architecture:
+        """MobileNeXt as an architecture of this space, e.g. ``Sandglass.imagenet(width=1.4).mobilenext()``.
+
+        Raises:
+            InvalidInputError: The stages are not those of MobileNeXt, or do not offer its options.
+        """
+        if [(stage.channels, stage.stride) for stage in self.stages] != [(c, s) for _, c, _, s in MOBILENEXT]:
+            raise InvalidInputError("mobilenext() needs the stages of MobileNeXt; legal: Sandglass.imagenet(...)")
+        genes: dict[str, Option] = {}
+        for index, (reduction, _, blocks, _) in enumerate(MOBILENEXT):
+            wanted: dict[str, Option] = {
+                "block": _block_option(1.0),
+                "kernel": 3,
+                "reduction": reduction,
+                "depth": blocks,
+                "width": 1.0,
+            }
+            for name, option in wanted.items():
+                options = self._options(index)[name]
+                if option not in options:
+                    raise InvalidInputError(
+                        f"MobileNeXt has the {name} {option!r} in {_stage(index)}, this space offers {options}"
+                    )
+                if len(options) > 1:
+                    genes[f"{_stage(index)}/{name}"] = option
+        return self.architecture(genes)
+
+    def build(self, architecture: Architecture) -> nn.Module:
+        """The network of one architecture.
+
+        The first block of a stage has no shortcut, even where the stage before happens to be as wide.
+
+        Args:
+            architecture: One of this space.
+
+        Returns:
+            From ``(n, in_channels, h, w)`` to logits ``(n, classes)``.
+        """
+        genes = self.architecture(architecture.genes).genes
+        stages: list[nn.Module] = []
+        channels = self._stem_channels
+        for index, stage in enumerate(self.stages):
+            chosen = self._chosen(genes, index)
+            width = self._channels(index, chosen["width"])
+            blocks: list[nn.Module] = []
+            for position in range(chosen["depth"]):
+                first = position == 0
+                settings = {
+                    "kernel_size": chosen["kernel"],
+                    "stride": stage.stride if first else 1,
+                    "transition": first,
+                }
+                if chosen["block"] == INVERTED_RESIDUAL:
+                    blocks.append(InvertedResidual(channels, width, expansion=chosen["reduction"], **settings))
+                else:
+                    blocks.append(
+                        SandglassBlock(
+                            channels,
+                            width,
+                            reduction=chosen["reduction"],
+                            identity=_identity(chosen["block"]),
+                            variant=self.variant,
+                            keep_depthwise=self._keeps_depthwise(index),
+                            **settings,
+                        )
+                    )
+                channels = width
+            # Named by its kind, so that tensors have the names that they have in the supernet.
+            stages.append(nn.Sequential(OrderedDict({_kind(chosen["block"]): nn.Sequential(*blocks)})))
+        return nn.Sequential(
+            OrderedDict(
+                stem=ConvNorm(self.in_channels, self._stem_channels, 3, stride=self.stem_stride),
+                stages=nn.Sequential(*stages),
+                pool=nn.AdaptiveAvgPool2d(1),
+                flatten=nn.Flatten(),
+                dropout=nn.Dropout(self.dropout),
+                classifier=nn.Linear(channels, self.classes),
+            )
+        )
+
+    def supernet(self, keep: Mapping[str, Sequence[Option]] | None = None, partial: int = 1) -> Supernet:
+        """Every option with shared weights, and one feature map for all but the kind of block and the depth.
+
+        A kernel is the centre of the largest, and fewer channels are the first ones of the most: masks mix these. The
+        two kinds of block are two paths, summed. A depth is the output of that block of the row; outputs are summed.
+        A path computes the part of the weights that its options use, and no more. BatchNorms but the stem's have no
+        affine parameters.
+
+        Args:
+            keep: Options still alive, per choice; a choice that is not named keeps all. Weights of ``relaxed`` are in
+                the order of the choice all the same, and zero for those dropped.
+            partial: Only 1.
+
+        Raises:
+            InvalidInputError: ``keep`` names an unknown choice or option, or leaves a choice without any.
+            UnsupportedError: ``partial`` is not 1.
+        """
+        if partial != 1:
+            raise UnsupportedError(f"{self.name} mixes all channels: partial is {partial}; legal: 1")
+        choices, keep = self.choices, keep or {}
+        for name, kept in keep.items():
+            if name not in choices:
+                raise InvalidInputError(f"{self.name}: keep names {name!r}; legal: {', '.join(choices)}")
+            if not kept or any(option not in choices[name] for option in kept):
+                legal = ", ".join(map(str, choices[name]))
+                raise InvalidInputError(f"{self.name}: keep[{name!r}] is {kept!r}; legal: one or more of {legal}")
+        alive = [
+            {
+                name: tuple(option for option in options if option in keep.get(f"{_stage(index)}/{name}", options))
+                for name, options in self._options(index).items()
+            }
+            for index in range(len(self.stages))
+        ]
+        return _SandglassSupernet(self, alive)
+
+    def inherit(self, model: nn.Module, source: Architecture | None, state: Mapping[str, Tensor]) -> nn.Module:
+        """Load weights into a built network, in place.
+
+        From the supernet (``source`` None): the first channels and the centres of kernels of its larger tensors. The
+        affine parameters of BatchNorms, which it lacks, stay as they are in ``model``.
+
+        Args:
+            model: A network of :meth:`build`.
+            source: The architecture that ``state`` belongs to; None for the supernet.
+            state: Tensors by name.
+
+        Raises:
+            InvalidInputError: Any other tensor of the model is missing in ``state``, or larger, or of another shape.
+        """
+        if source is None:
+            own = model.state_dict()
+            lacking = {
+                f"{prefix}.{name}": parameter.detach()
+                for prefix, module in model.named_modules()
+                if isinstance(module, nn.BatchNorm2d)
+                for name, parameter in module.named_parameters(recurse=False)
+            }
+            parts = {name: _part(state[name], own[name].shape) for name in own if name in state}
+            state = {**lacking, **parts}
+        return super().inherit(model, source, state)
+
+    def sketch(self, architecture: Architecture) -> Sketch:
+        """A row: the stem, a block per stage with its options, the classifier."""
+        blocks = [Block("stem", ("kernel 3x3",), self._stem_channels, stride=self.stem_stride)]
+        for index, stage in enumerate(self.stages):
+            chosen = self._chosen(architecture.genes, index)
+            lines = [f"kernel {chosen['kernel']}x{chosen['kernel']}"]
+            if chosen["block"] == INVERTED_RESIDUAL:
+                lines = ["inverted residual", *lines, f"expansion {chosen['reduction']}"]
+            else:
+                lines = ["sandglass", *lines, f"reduction {chosen['reduction']}"]
+                if len(self._options(index)["block"]) > 2:
+                    lines.append(f"identity {_identity(chosen['block']):g}")
+            blocks.append(
+                Block(
+                    f"stage {index + 1}",
+                    tuple(lines),
+                    self._channels(index, chosen["width"]),
+                    repeats=chosen["depth"],
+                    stride=stage.stride,
+                )
+            )
+        blocks.append(Block("classifier", (f"{self.classes} classes",)))
+        return [Stages(f"Sandglass, width {self.width_multiplier:g}", tuple(blocks))]
+
+    @property
+    def _stem_channels(self) -> int:
+        return make_divisible(self.stem * self.width_multiplier)
+
+    def _channels(self, index: int, width: float) -> int:
+        multiplier = self.width_multiplier
+        if index == len(self.stages) - 1:
+            # The classifier's input: the authors' code does not shrink it.
+            multiplier = max(1.0, multiplier)
+        return make_divisible(self.stages[index].channels * multiplier * width)
+
+    def _keeps_depthwise(self, index: int) -> bool:
+        """Where variant ``code`` keeps both depthwise convolutions in a stage's first block."""
+        stage = self.stages[index]
+        return index == 0 or (stage.depths == (1,) and stage.stride == 1)
+
+    def _options(self, index: int) -> dict[str, tuple[Any, ...]]:
+        """What a stage offers, choices of one option included."""
+        stage = self.stages[index]
+        identities = (1.0,) if stage.depths == (1,) else self.identities
+        return {
+            "block": (*map(_block_option, identities), INVERTED_RESIDUAL),
+            "kernel": self.kernels,
+            "reduction": stage.reductions,
+            "depth": stage.depths,
+            "width": self.widths,
+        }
+
+    def _chosen(self, genes: Mapping[str, Any], index: int) -> dict[str, Any]:
+        return {name: genes.get(f"{_stage(index)}/{name}", some[0]) for name, some in self._options(index).items()}
+
+
+def _stage(index: int) -> str:
+    return f"stage{index + 1}"
+
+
+def _block_option(identity: float) -> str:
+    return "sandglass" if identity == 1 else f"sandglass_id{identity:g}"
+
+
+def _kind(block: str) -> str:
+    return block.partition("_id")[0]
+
+
+def _identity(block: str) -> float:
+    return float(block.partition("_id")[2] or 1)
+
+
+def _part(tensor: Tensor, shape: torch.Size) -> Tensor:
+    """The first channels and the centre of the kernel of a supernet's tensor, where it is large enough."""
+    if tensor.ndim != len(shape) or any(have < want for have, want in zip(tensor.shape, shape, strict=True)):
+        return tensor
+    tensor = tensor[tuple(slice(size) for size in shape[:2])]
+    if len(shape) == 4:
+        crop = (tensor.shape[-1] - shape[-1]) // 2
+        tensor = tensor[:, :, crop : crop + shape[-1], crop : crop + shape[-1]]
+    return tensor
+
+
+class _Used(NamedTuple):
+    """Options of a choice whose weight is not zero, or what they stand for, and their weights ``(options,)``."""
+
+    options: tuple[Any, ...]
+    weights: Tensor
+
+
+class _Masks(NamedTuple):
+    """Weights of what a block computes; their lengths say how much of it to compute.
+
+    Attributes:
+        inputs: Of the input's channels.
+        hidden: Of the channels in the middle.
+        outputs: Of the output's channels.
+        kernel: Of the depthwise kernel's taps, ``(k, k)``.
+    """
+
+    inputs: Tensor
+    hidden: Tensor
+    outputs: Tensor
+    kernel: Tensor
+
+
+def _mask(used: _Used) -> Tensor:
+    """Per channel the summed weights of the numbers of channels that include it, ``(largest number,)``."""
+    sizes = torch.tensor(used.options, device=used.weights.device)
+    channel = torch.arange(max(used.options), device=sizes.device)
+    return used.weights @ (channel < sizes[:, None]).to(used.weights.dtype)
+
+
+def _kernel_mask(used: _Used) -> Tensor:
+    """Per tap the summed weights of the kernels that include it, ``(k, k)`` of the largest."""
+    rings = _mask(_Used(tuple(kernel // 2 + 1 for kernel in used.options), used.weights))
+    distance = torch.arange(1 - len(rings), len(rings), device=rings.device).abs()
+    return rings[torch.maximum(distance[:, None], distance)]
+
+
+class _SharedConv(nn.Module):
+    """A convolution and its BatchNorm at their largest, of which the leading channels and the centre are computed."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int = 1,
+        *,
+        stride: int = 1,
+        depthwise: bool = False,
+        activation: bool = True,
+    ) -> None:
+        super().__init__()
+        groups = in_channels if depthwise else 1
+        self.conv = nn.Conv2d(in_channels, out_channels, kernel_size, stride=stride, groups=groups, bias=False)
+        self.norm = nn.BatchNorm2d(out_channels, affine=False)
+        self.depthwise = depthwise
+        self.activation = activation
+
+    def forward(self, x: Tensor, mask: Tensor, kernel: Tensor | None = None) -> Tensor:
+        """From ``(n, c, h, w)`` to ``(n, len(mask), h', w')``.
+
+        Args:
+            x: The input.
+            mask: Weight of each output channel. It comes after the BatchNorm, which would undo it.
+            kernel: Weight of each tap; None is all ones.
+        """
+        channels = len(mask)
+        weight = self.conv.weight[:channels]
+        if not self.depthwise:
+            weight = weight[:, : x.shape[1]]
+        if kernel is not None:
+            crop = (weight.shape[-1] - len(kernel)) // 2
+            weight = weight[:, :, crop : crop + len(kernel), crop : crop + len(kernel)] * kernel
+        groups = channels if self.depthwise else 1
+        y = functional.conv2d(x, weight, None, self.conv.stride, weight.shape[-1] // 2, groups=groups)
+        mean, variance = self.norm.running_mean, self.norm.running_var
+        assert mean is not None and variance is not None and self.norm.momentum is not None
+        y = functional.batch_norm(
+            y,
+            mean[:channels],
+            variance[:channels],
+            training=self.training,
+            momentum=self.norm.momentum,
+            eps=self.norm.eps,
+        )
+        if self.activation:
+            y = functional.relu6(y)
+        return y * mask.view(-1, 1, 1)
+
+
+class _SharedSandglass(nn.Module):
+    """A sandglass block without its shortcut, at its largest."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        hidden: int,
+        out_channels: int,
+        kernel_size: int,
+        stride: int,
+        *,
+        ends: tuple[bool, bool],
+    ) -> None:
+        super().__init__()
+        self.first = _SharedConv(in_channels, in_channels, kernel_size, depthwise=True) if ends[0] else None
+        self.reduce = _SharedConv(in_channels, hidden, activation=False)
+        self.expand = _SharedConv(hidden, out_channels)
+        self.last = (
+            _SharedConv(out_channels, out_channels, kernel_size, stride=stride, depthwise=True, activation=False)
+            if ends[1]
+            else None
+        )
+
+    def forward(self, x: Tensor, masks: _Masks) -> Tensor:
+        """From ``(n, inputs, h, w)`` to ``(n, outputs, h', w')``."""
+        if self.first is not None:
+            x = self.first(x, masks.inputs, masks.kernel)
+        x = self.expand(self.reduce(x, masks.hidden), masks.outputs)
+        return x if self.last is None else self.last(x, masks.outputs, masks.kernel)
+
+
+class _SharedInvertedResidual(nn.Module):
+    """An inverted residual block without its shortcut, at its largest."""
+
+    def __init__(self, in_channels: int, hidden: int, out_channels: int, kernel_size: int, stride: int) -> None:
+        super().__init__()
+        self.expand = _SharedConv(in_channels, hidden)
+        self.depthwise = _SharedConv(hidden, hidden, kernel_size, stride=stride, depthwise=True)
+        self.project = _SharedConv(hidden, out_channels, activation=False)
+
+    def forward(self, x: Tensor, masks: _Masks) -> Tensor:
+        """From ``(n, inputs, h, w)`` to ``(n, outputs, h', w')``."""
+        x = self.depthwise(self.expand(x, masks.hidden), masks.hidden, masks.kernel)
+        y: Tensor = self.project(x, masks.outputs)
+        return y
+
+
+class _SharedStage(nn.ModuleDict):
+    """A stage of a supernet: per kind of block a row of the largest depth."""
+
+    def __init__(self, space: Sandglass, index: int, alive: Mapping[str, Sequence[Any]], before: Sequence[int]) -> None:
+        super().__init__()
+        self.variant = space.variant
+        self.channels = {width: space._channels(index, width) for width in alive["width"]}
+        after = list(self.channels.values())
+        kernel, reductions = max(alive["kernel"]), alive["reduction"]
+        keeps = space.variant == "paper" or space._keeps_depthwise(index)
+        for kind in dict.fromkeys(map(_kind, alive["block"])):
+            row = nn.ModuleList()
+            for position in range(max(alive["depth"])):
+                first = position == 0
+                pairs = list(product(before, after)) if first else [(width, width) for width in after]
+                hidden = max(self._hidden(kind, *pair, ratio) for pair in pairs for ratio in reductions)
+                stride = space.stages[index].stride if first else 1
+                sizes = (max(before if first else after), hidden, max(after), kernel, stride)
+                if kind == INVERTED_RESIDUAL:
+                    row.append(_SharedInvertedResidual(*sizes))
+                else:
+                    ends = (keeps or not first, keeps or not first or stride == 2)
+                    row.append(_SharedSandglass(*sizes, ends=ends))
+            self[kind] = row
+
+    def forward(self, x: Tensor, before: _Used, mix: Mapping[str, _Used]) -> tuple[Tensor, _Used]:
+        """The mixture of depths ``(n, c, h', w')``, and its channels with their weights.
+
+        Args:
+            x: Output of the stage before, ``(n, c, h, w)``.
+            before: Its numbers of channels and their weights.
+            mix: Per choice of the stage the options in use.
+        """
+        after = _Used(tuple(self.channels[width] for width in mix["width"].options), mix["width"].weights)
+        depths = dict(zip(mix["depth"].options, mix["depth"].weights, strict=True))
+        kinds: dict[str, Tensor] = {}
+        for block, weight in zip(*mix["block"], strict=True):
+            kinds[_kind(block)] = kinds[_kind(block)] + weight if _kind(block) in kinds else weight
+        outputs, kernel = _mask(after), _kernel_mask(mix["kernel"])
+        masks = {kind: _Masks(_mask(before), self._middle(kind, before, after, mix), outputs, kernel) for kind in kinds}
+        shortcut: Tensor | None = None
+        total: Tensor | None = None
+        for position in range(max(depths)):
+            if position == 1:
+                # The blocks after the first, which all keep their channels.
+                masks = {kind: _Masks(outputs, self._middle(kind, None, after, mix), outputs, kernel) for kind in kinds}
+                shortcut = self._shortcut(after, mix["block"], outputs)
+            terms = [self._block(kind, position)(x, masks[kind]) * weight for kind, weight in kinds.items()]
+            if shortcut is not None:
+                terms.append(x * shortcut)
+            x = sum(terms[1:], terms[0])
+            if position + 1 in depths:
+                part = x * depths[position + 1]
+                total = part if total is None else total + part
+        assert total is not None
+        return total, after
+
+    def _block(self, kind: str, position: int) -> nn.Module:
+        row = self[kind]
+        assert isinstance(row, nn.ModuleList)
+        return row[position]
+
+    def _hidden(self, kind: str, before: int, after: int, ratio: int) -> int:
+        return before * ratio if kind == INVERTED_RESIDUAL else sandglass_width(before, after, ratio, self.variant)
+
+    def _middle(self, kind: str, before: _Used | None, after: _Used, mix: Mapping[str, _Used]) -> Tensor:
+        """Mask of the channels in the middle; without ``before``, of blocks that keep their channels."""
+        if before is None:
+            pairs, weights = [(width, width) for width in after.options], after.weights
+        else:
+            pairs = list(product(before.options, after.options))
+            weights = torch.outer(before.weights, after.weights).flatten()
+        ratios = mix["reduction"]
+        sizes = tuple(self._hidden(kind, *pair, ratio) for pair in pairs for ratio in ratios.options)
+        return _mask(_Used(sizes, torch.outer(weights, ratios.weights).flatten()))
+
+    def _shortcut(self, after: _Used, blocks: _Used, outputs: Tensor) -> Tensor:
+        """Per channel the weight of its shortcut, ``(c, 1, 1)``.
+
+        The input bears the mask of its width already. So this is the weight given that the channel is there: 1 for the
+        blocks that add their whole input.
+        """
+        total = torch.zeros_like(outputs)
+        for block, weight in zip(*blocks, strict=True):
+            identity = _identity(block)
+            if identity < 1:
+                covered = _mask(_Used(tuple(identity_channels(c, identity) for c in after.options), after.weights))
+                share = functional.pad(covered, (0, len(outputs) - len(covered))) / outputs
+                total = total + weight * share
+            else:
+                total = total + weight
+        return total.view(-1, 1, 1)
+
+
+class _SandglassSupernet(Supernet):
+    """Every option of every stage."""
+
+    def __init__(self, space: Sandglass, alive: Sequence[Mapping[str, Sequence[Any]]]) -> None:
+        super().__init__()
+        self.options = [space._options(index) for index in range(len(space.stages))]
+        self.alive = alive
+        self.stem_channels = space._stem_channels
+        self.stem = ConvNorm(space.in_channels, self.stem_channels, 3, stride=space.stem_stride)
+        self.stages = nn.ModuleList()
+        before = [self.stem_channels]
+        for index, held in enumerate(alive):
+            stage = _SharedStage(space, index, held, before)
+            before = list(stage.channels.values())
+            self.stages.append(stage)
+        self.classifier = nn.Linear(max(before), space.classes)
+
+    def forward(self, x: Tensor, relaxed: Relaxed) -> Tensor:
+        """Logits ``(n, classes)``; see :class:`nasplat.space.Supernet`.
+
+        Args:
+            x: Images ``(n, in_channels, h, w)``.
+            relaxed: Per choice a weight per option, shape ``(options,)``.
+
+        Raises:
+            InvalidInputError: A dropped option has a weight other than 0, or a choice has no weights.
+        """
+        mixes = self._mixes(relaxed, x)
+        x = self.stem(x)
+        channels = _Used((self.stem_channels,), x.new_ones(1))
+        for stage, mix in zip(self.stages, mixes, strict=True):
+            x, channels = stage(x, channels, mix)
+        features = x.mean((2, 3))
+        return functional.linear(features, self.classifier.weight[:, : features.shape[1]], self.classifier.bias)
+
+    def _mixes(self, relaxed: Relaxed, x: Tensor) -> list[dict[str, _Used]]:
+        """Per stage and choice the options of weight other than 0; what is no choice has weight 1."""
+        names = {
+            (index, name): f"{_stage(index)}/{name}"
+            for index, options in enumerate(self.options)
+            for name, some in options.items()
+            if len(some) > 1
+        }
+        missing = [name for name in names.values() if name not in relaxed]
+        if missing:
+            raise InvalidInputError(f"Sandglass: relaxed lacks weights for {', '.join(missing)}")
+        # One copy to the host for all choices, to see which weights are exactly zero.
+        values = torch.cat([relaxed[name].detach() for name in names.values()]).tolist() if names else []
+        mixes: list[dict[str, _Used]] = []
+        for index, options in enumerate(self.options):
+            mix: dict[str, _Used] = {}
+            for name, some in options.items():
+                if (index, name) not in names:
+                    mix[name] = _Used(some, x.new_ones(1))
+                    continue
+                row, values = values[: len(some)], values[len(some) :]
+                used = [position for position, value in enumerate(row) if value != 0.0]
+                dropped = [some[position] for position in used if some[position] not in self.alive[index][name]]
+                if dropped or not used:
+                    raise InvalidInputError(
+                        f"Sandglass: {names[index, name]} gives weight to {', '.join(map(str, dropped)) or 'nothing'}; "
+                        f"this supernet keeps {', '.join(map(str, self.alive[index][name]))}"
+                    )
+                weights = relaxed[names[index, name]]
+                mix[name] = _Used(tuple(some[position] for position in used), weights[used])
+            mixes.append(mix)
+        return mixes
