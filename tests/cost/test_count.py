@@ -10,6 +10,7 @@ from torch.nn import functional as F  # noqa: N812
 from nasplat.cost.count import count
 from nasplat.errors import InvalidInputError, UnsupportedError
 from nasplat.nn import BinaryConv2d, set_binarisation
+from nasplat.nn.expert import ExpertBinaryConv2d, set_experts
 from search_spaces import Bats
 
 
@@ -191,6 +192,26 @@ def test_binary_layer_is_binary_while_both_flags_are_on() -> None:
     counts = count(layer, example)
     assert (counts.bops, counts.conv_macs_real, counts.flops) == (0, macs, macs + scale)
     assert counts.model_bytes == 108 * 4 + 24
+
+
+def test_experts_are_stored_all_and_computed_once() -> None:
+    layer = ExpertBinaryConv2d(4, 6, 3, experts=3, squeeze_excite=True, padding=1, groups=2)
+    example = torch.zeros(1, 4, 5, 5)
+    macs, gate, squeeze = 6 * 25 * 2 * 9, 4 * 3, 4 * 1 + 1 * 6
+    # Scale and excitation of the output, channel means of the input, ReLU and sigmoid.
+    elements = 2 * 6 * 25 + 4 * 25 + 1 + 6
+    counts = count(layer, example)
+    assert (counts.bops, counts.conv_macs_real, counts.flops) == (macs, gate + squeeze, gate + squeeze + elements)
+    assert counts.uncounted == ()
+    # 324 weights in 41 bytes; six scales, gate and squeeze of four.
+    assert counts.model_bytes == 41 + 4 * (6 + gate + squeeze)
+    set_experts(layer, single=True)
+    counts = count(layer, example)
+    assert (counts.bops, counts.conv_macs_real) == (macs, squeeze)
+    set_binarisation(layer, weights=False)
+    counts = count(layer, example)
+    assert (counts.bops, counts.conv_macs_real) == (0, macs + squeeze)
+    assert counts.model_bytes == 4 * (324 + 6 + gate + squeeze)
 
 
 def test_model_bytes_take_buffers_and_share_what_is_shared() -> None:
