@@ -10,11 +10,13 @@ from nasplat.cost import Count, Latency
 from nasplat.errors import NasplatError, NasplatWarning, SearchInterrupted
 from nasplat.mlflow_tracker import MlflowTracker
 from nasplat.objectives import at_least, at_most, maximise, minimise
+from nasplat.phases import Phase
 from nasplat.result import Candidate, Result, load
 from nasplat.space import Group, SearchSpace, Supernet, space_from
 from nasplat.strategy import Evaluate, Explore, History, Report, Strategy, Trial
 from nasplat.study import Study
 from nasplat.task import Recipe, Task
+from nasplat.teacher import Teacher
 
 try:
     __version__ = version("nasplat")
@@ -33,6 +35,7 @@ __all__ = [
     "MlflowTracker",
     "NasplatError",
     "NasplatWarning",
+    "Phase",
     "Recipe",
     "Report",
     "Result",
@@ -42,6 +45,7 @@ __all__ = [
     "Study",
     "Supernet",
     "Task",
+    "Teacher",
     "Trial",
     "at_least",
     "at_most",

@@ -29,7 +29,7 @@ import nasplat
 from nasplat import journal, plugins, report
 from nasplat.errors import FolderError, InvalidInputError, NasplatError, NasplatWarning, SearchInterrupted
 from nasplat.objectives import Constraint, Objective, at_least, at_most, maximise, minimise
-from nasplat.result import Result, load
+from nasplat.result import Candidate, Result, load
 from nasplat.study import Study, recorded_tracker
 from nasplat.task import Recipe, Task
 
@@ -139,6 +139,7 @@ Folder = Annotated[Path, typer.Argument(metavar="DIR", help="The study's folder.
 Hours = Annotated[
     float | None, typer.Option(metavar="H", help="Stop after so many hours of searching, over all runs of the study.")
 ]
+Which = Annotated[int | None, typer.Option(metavar="N", help="Which trial. Default: the best.", show_default=False)]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")]
 
 
@@ -200,11 +201,12 @@ def _first_line(documented: Any) -> str:
 
 
 def _meanings(kind: type) -> dict[str, str]:
-    """The first sentence on each attribute in a class's docstring (Google style)."""
-    section = re.search(r"^Attributes:\n((?:[ \t]+.*\n?|\n)+)", inspect.getdoc(kind) or "", re.MULTILINE)
+    """The first sentence on each attribute in the docstrings (Google style) of a class and of what it inherits from."""
     found: dict[str, str] = {}
-    for name, text in re.findall(r"^ {4}(\w+): (.*(?:\n {5,}.*)*)", section[1] if section else "", re.MULTILINE):
-        found[name] = re.split(r"(?<=\.)\s", " ".join(text.split()))[0].replace("``", "")
+    for owner in reversed(kind.__mro__):
+        section = re.search(r"^Attributes:\n((?:[ \t]+.*\n?|\n)+)", inspect.cleandoc(owner.__doc__ or ""), re.MULTILINE)
+        for name, text in re.findall(r"^ {4}(\w+): (.*(?:\n {5,}.*)*)", section[1] if section else "", re.MULTILINE):
+            found[name] = re.split(r"(?<=\.)\s", " ".join(text.split()))[0].replace("``", "")
     return found
 
 
@@ -431,18 +433,31 @@ def _show(result: Result, limit: int) -> None:
 def export(
     folder: Folder,
     to: Annotated[Path, typer.Option(metavar="OUT", help="Folder to write; new, empty, or an earlier export.")],
-    trial: Annotated[
-        int | None, typer.Option(metavar="N", help="Which trial. Default: the best.", show_default=False)
-    ] = None,
+    trial: Which = None,
 ) -> None:
     """Write the best network as architecture.json, safetensors, torch.export and ONNX.
 
     Each file is loaded again and compared with the network on real inputs, and the network is scored on the test
     split, which the search never saw.
     """
+    typer.echo(report.exported(_candidate(folder, trial).export(to)))
+
+
+@app.command()
+def draw(
+    folder: Folder,
+    to: Annotated[Path, typer.Option("--to", "-o", metavar="FILE", help="A name in .svg, .png or .pdf.")],
+    trial: Which = None,
+) -> None:
+    """Draw the best architecture: its cells as graphs, its stages as blocks."""
+    candidate = _candidate(folder, trial)
+    written = candidate.draw().save(to)
+    typer.echo(f"{written}: trial {candidate.trial.number}, architecture {candidate.architecture.id}")
+
+
+def _candidate(folder: Path, trial: int | None) -> Candidate:
     result = load(folder)
-    candidate = result.best if trial is None else result.candidate(trial)
-    typer.echo(report.exported(candidate.export(to)))
+    return result.best if trial is None else result.candidate(trial)
 
 
 @app.command()

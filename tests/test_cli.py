@@ -57,7 +57,7 @@ def test_version() -> None:
     assert (done.exit_code, done.stdout.strip()) == (0, f"nasplat {nasplat.__version__}")
 
 
-@pytest.mark.parametrize("command", [[], ["spaces"], ["search"], ["resume"], ["show"], ["export"], ["ui"]])
+@pytest.mark.parametrize("command", [[], ["spaces"], ["search"], ["resume"], ["show"], ["export"], ["draw"], ["ui"]])
 def test_help(command: list[str]) -> None:
     done = call(*command, "--help")
     assert done.exit_code == 0
@@ -238,6 +238,22 @@ def test_export(study: Path, tmp_path: Path) -> None:
     }
     wrong = call("export", study, "--to", tmp_path / "none", "--trial", "99")
     assert wrong.exit_code == 1 and "trial 99" in wrong.stderr
+
+
+def test_draw(study: Path, tmp_path: Path) -> None:
+    best = nasplat.load(study).best
+    done = call("draw", study, "--to", tmp_path / "new" / "best.svg")
+    assert done.exit_code == 0, done.output
+    assert f"trial {best.trial.number}, architecture {best.architecture.id}" in done.stdout
+    assert (tmp_path / "new" / "best.svg").read_text() == best.draw().svg()
+    other = next(trial.number for trial in nasplat.load(study).trials if trial.number != best.trial.number)
+    done = call("draw", study, "-o", tmp_path / "other.png", "--trial", other)
+    assert done.exit_code == 0 and f"trial {other}," in done.stdout
+    assert (tmp_path / "other.png").read_bytes() == nasplat.load(study).candidate(other).draw().png()
+    wrong = call("draw", study, "-o", tmp_path / "best.jpg")
+    assert wrong.exit_code == 1 and ".svg, .png or .pdf" in wrong.stderr
+    wrong = call("draw", study, "-o", tmp_path / "none.svg", "--trial", "99")
+    assert wrong.exit_code == 1 and "trial 99" in wrong.stderr and not (tmp_path / "none.svg").exists()
 
 
 # MLflow's own interface.

@@ -13,7 +13,14 @@ from typing import NamedTuple
 import pytest
 
 ROOT = Path(__file__).parent.parent
-DOCUMENTS = ("README.md", "docs/adding_a_space.md", "docs/adding_a_strategy.md")
+DOCUMENTS = (
+    "README.md",
+    *(
+        str(page.relative_to(ROOT))
+        for page in sorted((ROOT / "docs").rglob("*.md"))
+        if "decisions" not in page.parts and "```python" in page.read_text()
+    ),
+)
 BLOCK = re.compile(r"^(?:<!-- test: (?P<changes>.*?) -->\n)?```python\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL)
 
 

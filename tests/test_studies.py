@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import runpy
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
+
+import nasplat.export
 
 ROOT = Path(__file__).parents[1]
 STUDIES = sorted(path.name for path in (ROOT / "studies").glob("*.py"))
@@ -16,6 +20,7 @@ STUDIES = sorted(path.name for path in (ROOT / "studies").glob("*.py"))
 
 def run(study: str, folder: Path, *arguments: str) -> str:
     environment = {key: value for key, value in os.environ.items() if key != "MLFLOW_TRACKING_URI"}
+    environment["OMP_NUM_THREADS"] = "1"
     done = subprocess.run(
         [sys.executable, str(ROOT / "studies" / study), "--smoke", *arguments],
         cwd=folder, env=environment, capture_output=True, text=True, timeout=500,
@@ -33,7 +38,20 @@ def test_runs_in_short(study: str, tmp_path: Path) -> None:
     assert run(study, tmp_path).strip()
 
 
-def test_demo_searches_shows_exports_and_says_when_complete(tmp_path: Path) -> None:
+def again(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """The demo once more, in this process and with the weights alone exported: a first run exported every file."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["demo.py", "--smoke", *arguments])
+        patch.setattr(nasplat.export, "export", partial(nasplat.export.export, targets=()))
+        with pytest.raises(SystemExit) as ended:
+            runpy.run_path(str(ROOT / "studies" / "demo.py"), run_name="__main__")
+    assert ended.value.code == 0
+    return capsys.readouterr().out
+
+
+def test_demo_searches_shows_exports_and_says_when_complete(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     first = run("demo.py", tmp_path, "--trials", "3")
     assert "Leaderboard" in first and "Pareto front" in first and "nasplat ui" in first
     best = tmp_path / "runs" / "demo" / "best"
@@ -43,10 +61,13 @@ def test_demo_searches_shows_exports_and_says_when_complete(tmp_path: Path) -> N
     assert {"architecture.json", "weights.safetensors", "model.pt2", "model.onnx"} <= {p.name for p in best.iterdir()}
     journal = (tmp_path / "runs" / "demo" / "history.jsonl").read_bytes()
 
-    second = run("demo.py", tmp_path, "--trials", "3")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    second = again(capsys, "--trials", "3")
     assert "is complete" in second and "Leaderboard" in second and "To go on" in second
     assert (tmp_path / "runs" / "demo" / "history.jsonl").read_bytes() == journal
+    assert json.loads((best / "report.json").read_text())["architecture"] == report["architecture"]
 
-    further = run("demo.py", tmp_path, "--trials", "4")
+    further = again(capsys, "--trials", "4")
     assert "is complete" not in further
     assert len((tmp_path / "runs" / "demo" / "history.jsonl").read_bytes()) > len(journal)

@@ -140,6 +140,7 @@ def test_every_file_computes_the_models_logits(bundle):
     assert onnx.rows == len(bundle.x) + 1
 
 
+@pytest.mark.slow  # the README's study, which always runs, exports a network on such images
 def test_bats_on_images_of_16_pixels(tmp_path):
     done = exported(Bats.small(cells=2), 16, tmp_path / "best", seed=5)
     assert not done.report.bad
