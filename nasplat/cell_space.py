@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, TypeAlias
 
-import torch
 from torch import Tensor, nn
 
 from nasplat.architecture import Architecture
@@ -29,7 +28,8 @@ MakeCell: TypeAlias = Callable[[str, nn.Module, nn.Module, dict[tuple[int, int],
 class CellSpace(SearchSpace):
     """A search space of a normal and a reduction cell of four nodes, two edges on per node.
 
-    A subclass sets :attr:`OPERATIONS` and defines :meth:`operation` and :meth:`preprocess`.
+    A subclass sets :attr:`OPERATIONS` (or overrides :attr:`operations`, where they depend on its fields) and defines
+    :meth:`operation` and :meth:`preprocess`.
 
     Attributes:
         cells: Number of cells. The ones at a third and two thirds are reduction cells; see :meth:`reductions`.
@@ -53,7 +53,7 @@ class CellSpace(SearchSpace):
     auxiliary: bool = False
 
     OPERATIONS: ClassVar[tuple[str, ...]]
-    """What an edge can be. The first is an edge that is not there."""
+    """What :attr:`operations` is by default."""
 
     def __post_init__(self) -> None:
         for name in ("cells", "channels", "in_channels", "classes", "stem_stride"):
@@ -85,7 +85,7 @@ class CellSpace(SearchSpace):
         """One operation of an edge, from ``(n, channels, h, w)`` to ``(n, channels, ceil(h / stride), ...)``.
 
         Args:
-            name: One of :attr:`OPERATIONS` but the first.
+            name: One of :attr:`operations` but the first.
             channels: In and out.
             stride: 1 or 2.
             search: Whether it is for the supernet: BatchNorms without affine parameters, real weights.
@@ -96,6 +96,11 @@ class CellSpace(SearchSpace):
         """Brings an input of a cell to ``channels`` channels, and to half of its height and width where told so."""
 
     # What a subclass may override.
+
+    @property
+    def operations(self) -> tuple[str, ...]:
+        """What an edge can be. The first is an edge that is not there. Default: :attr:`OPERATIONS`."""
+        return self.OPERATIONS
 
     def stem_groups(self, channels: int) -> int:
         """Groups of the ImageNet stem's second and third convolution. Default: 1."""
@@ -114,6 +119,9 @@ class CellSpace(SearchSpace):
 
     def tie(self, operations: Sequence[nn.Module]) -> None:
         """Share what is the same in all operations that read one state of a supernet's cell. Default: nothing."""
+
+    def tie_edge(self, operations: Sequence[nn.Module]) -> None:
+        """Share what is the same in all operations of one edge of a supernet's cell. Default: nothing."""
 
     def partials(self) -> tuple[int, ...]:
         """Legal ``partial`` of :meth:`supernet`. Default: the divisors of the channels."""
@@ -138,7 +146,7 @@ class CellSpace(SearchSpace):
         """An operation per edge: ``normal/node2/from0`` and so on, 14 edges per kind of cell."""
         return dict.fromkeys(
             (edge_name(kind, node, source) for kind in self._kinds for node in NODES for source in range(node)),
-            self.OPERATIONS,
+            self.operations,
         )
 
     @property
@@ -146,7 +154,7 @@ class CellSpace(SearchSpace):
         """Two edges of each node are on."""
         return {
             f"{kind}/node{node}": Group(
-                tuple(edge_name(kind, node, source) for source in range(node)), 2, self.OPERATIONS[0]
+                tuple(edge_name(kind, node, source) for source in range(node)), 2, self.operations[0]
             )
             for kind in self._kinds
             for node in NODES
@@ -158,7 +166,7 @@ class CellSpace(SearchSpace):
         Args:
             genes: Operation by edge. Edges of a reduction cell are left out where the network has none.
         """
-        return self.architecture({name: genes.get(name, self.OPERATIONS[0]) for name in self.choices})
+        return self.architecture({name: genes.get(name, self.operations[0]) for name in self.choices})
 
     def build(self, architecture: Architecture) -> nn.Module:
         """The network of one architecture.
@@ -186,25 +194,13 @@ class CellSpace(SearchSpace):
             InvalidInputError: ``keep`` names an unknown edge or operation, or leaves an edge without any; or
                 ``partial`` is not among :meth:`partials`.
         """
-        choices = self.choices
-        keep = keep or {}
-        for name, options in keep.items():
-            if name not in choices:
-                raise InvalidInputError(f"{self.name}: keep names {name!r}; legal: {', '.join(choices)}")
-            if not options or any(option not in self.OPERATIONS for option in options):
-                raise InvalidInputError(
-                    f"{self.name}: keep[{name!r}] is {options!r}; legal: one or more of {', '.join(self.OPERATIONS)}"
-                )
         if partial not in self.partials():
             raise InvalidInputError(
                 f"{self.name}: partial is {partial}; legal: {', '.join(map(str, self.partials()))} "
                 f"(channels={self.channels})"
             )
-        return CellSupernet(
-            self,
-            {name: [o for o in self.OPERATIONS if o in keep.get(name, self.OPERATIONS)] for name in choices},
-            partial,
-        )
+        alive = {name: tuple(map(str, options)) for name, options in self.alive(keep).items()}
+        return CellSupernet(self, alive, partial)
 
     def inherit(self, model: nn.Module, source: Architecture | None, state: Mapping[str, Tensor]) -> nn.Module:
         """Load weights into a built network, in place: those of equal name and shape.
@@ -240,7 +236,7 @@ class CellSpace(SearchSpace):
                 (names[source], names[node], str(architecture.genes[edge_name(kind, node, source)]))
                 for node in NODES
                 for source in range(node)
-                if architecture.genes[edge_name(kind, node, source)] != self.OPERATIONS[0]
+                if architecture.genes[edge_name(kind, node, source)] != self.operations[0]
             ]
             edges += [(names[node], names[-1], "") for node in NODES]
             graphs.append(Graph(f"{kind} cell", names, tuple(edges)))
@@ -298,7 +294,7 @@ class _Trunk(nn.Module):
                         name, channels // partial, 2 if kind == "reduction" and source < 2 else 1, search=search
                     )
                     for name in operations[edge_name(kind, node, source)]
-                    if name != space.OPERATIONS[0]
+                    if name != space.operations[0]
                 }
                 for node in NODES
                 for source in range(node)
@@ -366,6 +362,8 @@ class CellSupernet(_Trunk, Supernet):
         def make(
             kind: str, before0: nn.Module, before1: nn.Module, edges: dict[Any, dict[str, nn.Module]]
         ) -> MixedCell:
+            for operations in edges.values():
+                space.tie_edge(list(operations.values()))
             for source in range(NODES[-1]):
                 held = [edges[node, source] for node in NODES if node > source]
                 space.tie([operation for operations in held for operation in operations.values()])
@@ -389,27 +387,16 @@ class CellSupernet(_Trunk, Supernet):
         return self.classify(output)
 
     def _mixtures(self, relaxed: Relaxed) -> dict[str, Mixture]:
-        missing = [name for name in self.operations if name not in relaxed]
-        if missing:
-            raise InvalidInputError(f"{self.space.name}: relaxed lacks weights for {', '.join(missing)}")
-        weights = {name: relaxed[name] for name in self.operations}
-        # One copy to the host for all edges, to see which weights are exactly zero.
-        values = torch.stack([weight.detach() for weight in weights.values()]).tolist()
-        rows = dict(zip(weights, values, strict=True))
-        names = self.space.OPERATIONS
+        used = self.space.used(relaxed, self.operations)
+        names = self.space.operations
         mixtures: dict[str, Mixture] = {}
         for kind in dict.fromkeys(name.partition("/")[0] for name in self.operations):
             mixture: dict[tuple[int, int], list[tuple[str, Tensor]]] = {}
             for node in NODES:
                 for source in range(node):
                     edge = edge_name(kind, node, source)
-                    used = [(option, weights[edge][i]) for i, option in enumerate(names) if rows[edge][i] != 0.0]
-                    dropped = [option for option, _ in used if option not in self.operations[edge]]
-                    if dropped:
-                        raise InvalidInputError(
-                            f"{self.space.name}: {edge} gives weight to {', '.join(dropped)}; "
-                            f"this supernet keeps {', '.join(self.operations[edge])}"
-                        )
-                    mixture[node, source] = [(option, weight) for option, weight in used if option != names[0]]
+                    weights = relaxed[edge].unbind()
+                    # The first operation is an edge that is not there.
+                    mixture[node, source] = [(names[index], weights[index]) for index in used[edge] if index]
             mixtures[kind] = mixture
         return mixtures

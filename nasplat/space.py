@@ -365,6 +365,56 @@ class SearchSpace(ABC):
 
         return self._valid(draw, "a crossover")
 
+    def alive(self, keep: Mapping[str, Sequence[Option]] | None) -> dict[str, tuple[Option, ...]]:
+        """The options that a supernet holds, per choice and in its order: the checked ``keep`` of :meth:`supernet`.
+
+        Args:
+            keep: Options still alive, per choice; a choice that is not named keeps all.
+
+        Raises:
+            InvalidInputError: ``keep`` names an unknown choice or option, or leaves a choice without any.
+        """
+        alive = dict(self._choices)
+        for name, kept in (keep or {}).items():
+            if name not in alive:
+                raise InvalidInputError(f"{self.name}: keep names {name!r}; legal: {', '.join(alive)}")
+            options = alive[name]
+            if not kept or any(option not in options for option in kept):
+                raise InvalidInputError(
+                    f"{self.name}: keep[{name!r}] is {kept!r}; legal: one or more of {', '.join(map(str, options))}"
+                )
+            alive[name] = tuple(option for option in options if option in kept)
+        return alive
+
+    def used(self, relaxed: Relaxed, alive: Mapping[str, Sequence[Option]]) -> dict[str, list[int]]:
+        """Per choice the indices of the options with a weight other than 0: what a supernet has to compute.
+
+        Args:
+            relaxed: Per choice a weight per option. All are copied to the host at once.
+            alive: What the supernet holds (:meth:`alive`).
+
+        Raises:
+            InvalidInputError: A choice has no weights, or only zeros, or weight on an option that is not alive.
+        """
+        lacking = [
+            name
+            for name, options in self._choices.items()
+            if name not in relaxed or relaxed[name].shape != (len(options),)
+        ]
+        if lacking:
+            raise InvalidInputError(f"{self.name}: relaxed lacks weights for {', '.join(lacking)}, one per option")
+        values = iter(torch.cat([relaxed[name].detach() for name in self._choices]).ne(0).tolist())
+        used: dict[str, list[int]] = {}
+        for name, options in self._choices.items():
+            used[name] = [index for index in range(len(options)) if next(values)]
+            dropped = [str(options[index]) for index in used[name] if options[index] not in alive[name]]
+            if dropped or not used[name]:
+                raise InvalidInputError(
+                    f"{self.name}: {name} gives weight to {', '.join(dropped) or 'nothing'}; "
+                    f"this supernet keeps {', '.join(map(str, alive[name]))}"
+                )
+        return used
+
     def encode(self, architecture: Architecture) -> np.ndarray[Any, np.dtype[np.float32]]:
         """One-hot per choice, concatenated: shape ``(sum of the numbers of options,)``, float32."""
         return np.concatenate(

@@ -453,16 +453,7 @@ class BinaryGrowth(SearchSpace):
         """
         if partial != 1:
             raise UnsupportedError(f"{self.name} mixes all channels: partial is {partial}; legal: 1")
-        kept = dict(self._choices)
-        for name, options in (keep or {}).items():
-            if name not in kept:
-                raise InvalidInputError(f"{self.name}: keep names {name!r}; legal: {', '.join(kept)}")
-            if not options or any(option not in kept[name] for option in options):
-                raise InvalidInputError(
-                    f"{self.name}: keep[{name!r}] is {options!r}; legal: one or more of {kept[name]}"
-                )
-            kept[name] = tuple(option for option in kept[name] if option in options)
-        return _GrowthSupernet(self, kept)
+        return _GrowthSupernet(self, self.alive(keep))
 
     def inherit(self, model: nn.Module, source: Architecture | None, state: Mapping[str, Tensor]) -> nn.Module:
         """Load weights into a built network, in place.
@@ -927,8 +918,7 @@ class _GrowthSupernet(Supernet):
 
     def __init__(self, space: BinaryGrowth, kept: Mapping[str, Sequence[Any]]) -> None:
         super().__init__()
-        self.widths = space.widths
-        self.choices = space.choices
+        self.space = space
         self.kept = kept
         self.stem = _stem(space)
         self.stages = nn.ModuleList()
@@ -953,10 +943,13 @@ class _GrowthSupernet(Supernet):
         Raises:
             InvalidInputError: A dropped option has a weight other than 0, or a choice has no weights or only zeros.
         """
-        used = self._used(relaxed)
+        used = {
+            name: [(self.space.choices[name][index], relaxed[name][index]) for index in indices]
+            for name, indices in self.space.used(relaxed, self.kept).items()
+        }
         x = self.stem(x)
         for stage, blocks in enumerate(self.stages):
-            mixture = _Mixture(self.widths, stage, used)
+            mixture = _Mixture(self.space.widths, stage, used)
             after = dict(mixture.depth)
             outputs = []
             for depth, block in enumerate(list(cast("nn.ModuleList", blocks))[: max(after)], start=1):
@@ -965,21 +958,3 @@ class _GrowthSupernet(Supernet):
                     outputs.append(x * after[depth])
             x = sum(outputs[1:], outputs[0])
         return F.linear(x.mean(dim=(2, 3)), self.classifier.weight[:, : x.shape[1]], self.classifier.bias)
-
-    def _used(self, relaxed: Relaxed) -> dict[str, Weighted]:
-        missing = [name for name in self.choices if name not in relaxed]
-        if missing:
-            raise InvalidInputError(f"BinaryGrowth: relaxed lacks weights for {', '.join(missing)}")
-        # One copy to the host for all choices, to see which weights are exactly zero.
-        values = torch.cat([relaxed[name].detach() for name in self.choices]).tolist()
-        used: dict[str, Weighted] = {}
-        for name, options in self.choices.items():
-            own, values = values[: len(options)], values[len(options) :]
-            used[name] = [(option, relaxed[name][index]) for index, option in enumerate(options) if own[index] != 0.0]
-            dropped = [str(option) for option, _ in used[name] if option not in self.kept[name]]
-            if dropped or not used[name]:
-                raise InvalidInputError(
-                    f"BinaryGrowth: {name} gives weight to {', '.join(dropped) or 'nothing'}; "
-                    f"this supernet keeps {', '.join(map(str, self.kept[name]))}"
-                )
-        return used

@@ -220,17 +220,7 @@ class MetaKernel(SearchSpace):
         """
         if partial != 1:
             raise UnsupportedError(f"{self.name} mixes all channels: partial is {partial}; legal: 1")
-        choices = self.choices
-        keep = keep or {}
-        for name, options in keep.items():
-            if name not in choices:
-                raise InvalidInputError(f"{self.name}: keep names {name!r}; legal: {', '.join(choices)}")
-            if not options or any(option not in choices[name] for option in options):
-                raise InvalidInputError(
-                    f"{self.name}: keep[{name!r}] is {options!r}; legal: one or more of "
-                    f"{', '.join(map(str, choices[name]))}"
-                )
-        return _MetaKernelSupernet(self, {name: tuple(keep.get(name, choices[name])) for name in choices})
+        return _MetaKernelSupernet(self, self.alive(keep))
 
     def inherit(self, model: nn.Module, source: Architecture | None, state: Mapping[str, Tensor]) -> nn.Module:
         """Load weights into a built network, in place.
@@ -389,7 +379,7 @@ class _MetaKernelSupernet(_Trunk, Supernet):
         Raises:
             InvalidInputError: A dropped option has a weight other than 0, or a choice has no weights.
         """
-        used = self._used(relaxed)
+        used = self.space.used(relaxed, self.options)
         x = self.first(self.stem(x))
         for layer, columns, module in zip(self.space._layers, self.columns, self.layers, strict=True):
             if not isinstance(module, MetaInvertedResidual):
@@ -402,22 +392,3 @@ class _MetaKernelSupernet(_Trunk, Supernet):
             candidates = [position for position, column in enumerate(columns) if column in live]
             x = module(x, kernels, relaxed[layer.expansion_name], (candidates, used[layer.expansion_name]))
         return self.classify(x)
-
-    def _used(self, relaxed: Relaxed) -> dict[str, list[int]]:
-        """Per choice the options with a weight other than 0, after a check that this supernet has them."""
-        choices = self.space.choices
-        wrong = [n for n, options in choices.items() if n not in relaxed or relaxed[n].shape != (len(options),)]
-        if wrong:
-            raise InvalidInputError(f"{self.space.name}: relaxed lacks a weight per option of {', '.join(wrong)}")
-        # One copy to the host for all choices.
-        values = iter(torch.cat([relaxed[name].detach() for name in choices]).ne(0).tolist())
-        used: dict[str, list[int]] = {}
-        for name, options in choices.items():
-            used[name] = [index for index in range(len(options)) if next(values)]
-            dropped = [str(options[index]) for index in used[name] if options[index] not in self.options[name]]
-            if dropped:
-                raise InvalidInputError(
-                    f"{self.space.name}: {name} gives weight to {', '.join(dropped)}; "
-                    f"this supernet keeps {', '.join(map(str, self.options[name]))}"
-                )
-        return used

@@ -320,21 +320,7 @@ class Sandglass(SearchSpace):
         """
         if partial != 1:
             raise UnsupportedError(f"{self.name} mixes all channels: partial is {partial}; legal: 1")
-        choices, keep = self.choices, keep or {}
-        for name, kept in keep.items():
-            if name not in choices:
-                raise InvalidInputError(f"{self.name}: keep names {name!r}; legal: {', '.join(choices)}")
-            if not kept or any(option not in choices[name] for option in kept):
-                legal = ", ".join(map(str, choices[name]))
-                raise InvalidInputError(f"{self.name}: keep[{name!r}] is {kept!r}; legal: one or more of {legal}")
-        alive = [
-            {
-                name: tuple(option for option in options if option in keep.get(f"{_stage(index)}/{name}", options))
-                for name, options in self._options(index).items()
-            }
-            for index in range(len(self.stages))
-        ]
-        return _SandglassSupernet(self, alive)
+        return _SandglassSupernet(self, self.alive(keep))
 
     def inherit(self, model: nn.Module, source: Architecture | None, state: Mapping[str, Tensor]) -> nn.Module:
         """Load weights into a built network, in place.
@@ -678,15 +664,16 @@ class _SharedStage(nn.ModuleDict):
 class _SandglassSupernet(Supernet):
     """Every option of every stage."""
 
-    def __init__(self, space: Sandglass, alive: Sequence[Mapping[str, Sequence[Any]]]) -> None:
+    def __init__(self, space: Sandglass, alive: Mapping[str, Sequence[Any]]) -> None:
         super().__init__()
-        self.options = [space._options(index) for index in range(len(space.stages))]
+        self.space = space
         self.alive = alive
         self.stem_channels = space._stem_channels
         self.stem = ConvNorm(space.in_channels, self.stem_channels, 3, stride=space.stem_stride)
         self.stages = nn.ModuleList()
         before = [self.stem_channels]
-        for index, held in enumerate(alive):
+        for index in range(len(space.stages)):
+            held = {name: alive.get(f"{_stage(index)}/{name}", some) for name, some in space._options(index).items()}
             stage = _SharedStage(space, index, held, before)
             before = list(stage.channels.values())
             self.stages.append(stage)
@@ -712,33 +699,15 @@ class _SandglassSupernet(Supernet):
 
     def _mixes(self, relaxed: Relaxed, x: Tensor) -> list[dict[str, _Used]]:
         """Per stage and choice the options of weight other than 0; what is no choice has weight 1."""
-        names = {
-            (index, name): f"{_stage(index)}/{name}"
-            for index, options in enumerate(self.options)
-            for name, some in options.items()
-            if len(some) > 1
-        }
-        missing = [name for name in names.values() if name not in relaxed]
-        if missing:
-            raise InvalidInputError(f"Sandglass: relaxed lacks weights for {', '.join(missing)}")
-        # One copy to the host for all choices, to see which weights are exactly zero.
-        values = torch.cat([relaxed[name].detach() for name in names.values()]).tolist() if names else []
+        used = self.space.used(relaxed, self.alive)
         mixes: list[dict[str, _Used]] = []
-        for index, options in enumerate(self.options):
+        for index in range(len(self.stages)):
             mix: dict[str, _Used] = {}
-            for name, some in options.items():
-                if (index, name) not in names:
-                    mix[name] = _Used(some, x.new_ones(1))
-                    continue
-                row, values = values[: len(some)], values[len(some) :]
-                used = [position for position, value in enumerate(row) if value != 0.0]
-                dropped = [some[position] for position in used if some[position] not in self.alive[index][name]]
-                if dropped or not used:
-                    raise InvalidInputError(
-                        f"Sandglass: {names[index, name]} gives weight to {', '.join(map(str, dropped)) or 'nothing'}; "
-                        f"this supernet keeps {', '.join(map(str, self.alive[index][name]))}"
-                    )
-                weights = relaxed[names[index, name]]
-                mix[name] = _Used(tuple(some[position] for position in used), weights[used])
+            for short, options in self.space._options(index).items():
+                name = f"{_stage(index)}/{short}"
+                if name in used:
+                    mix[short] = _Used(tuple(options[at] for at in used[name]), relaxed[name][used[name]])
+                else:
+                    mix[short] = _Used(options, x.new_ones(1))
             mixes.append(mix)
         return mixes

@@ -285,7 +285,7 @@ def test_keep_and_partial_are_checked() -> None:
     even = {name: torch.full((len(options),), 1 / len(options)) for name, options in TINY.choices.items()}
     with pytest.raises(InvalidInputError, match=r"gives weight to conv_5x5, conv_7x7; this supernet keeps conv_3x3"):
         part(torch.randn(2, 1, 8, 8), even)
-    with pytest.raises(InvalidInputError, match="lacks a weight per option of layer00/kernel"):
+    with pytest.raises(InvalidInputError, match="lacks weights for layer00/kernel"):
         part(torch.randn(2, 1, 8, 8), {name: weights for name, weights in even.items() if name != "layer00/kernel"})
 
 
