@@ -10,17 +10,19 @@ the cells, 1x1 ones included, is binary.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Literal, Self
 
-from torch import nn
+from torch import Tensor, nn
 
 from nasplat.architecture import Architecture
 from nasplat.cell_space import CellSpace
 from nasplat.errors import InvalidInputError
 from nasplat.nn import BinaryBlock, BinaryFactorisedReduce
+from nasplat.nn.binary_mix import mix_binary
+from nasplat.nn.cell import Use
 
 OPERATIONS = (
     "zero",
@@ -64,12 +66,17 @@ class Bats(CellSpace):
     Attributes:
         groups: Groups of the 3x3 and 5x5 convolutions, the same in the whole network.
         shuffle: Groups of a channel shuffle after each grouped convolution; 1 is none (the paper saw no gain).
+        supernet_form: How the supernet mixes an edge's grouped convolutions. ``"paper"``: each has its PReLU, and the
+            results are summed. ``"merged"``: their kernels are summed, each times its scale and mixture weight, and one
+            PReLU follows, which they share; so an edge holds one feature map, not four. On one operation per edge the
+            two agree, and with the built network.
 
     The other attributes are those of :class:`nasplat.cell_space.CellSpace`.
     """
 
     groups: int = 12
     shuffle: int = 1
+    supernet_form: Literal["paper", "merged"] = "paper"
 
     OPERATIONS: ClassVar[tuple[str, ...]] = OPERATIONS
     TEMPERATURES: ClassVar[Mapping[str, float]] = MappingProxyType({"normal": 0.2, "reduction": 0.15})
@@ -84,6 +91,9 @@ class Bats(CellSpace):
                     f"Bats: {name} is {getattr(self, name)}, which does not divide channels={self.channels}; "
                     f"legal: {divisors}"
                 )
+
+        if self.supernet_form not in ("paper", "merged"):
+            raise InvalidInputError(f"Bats: supernet_form is {self.supernet_form!r}; legal: 'paper', 'merged'")
 
     @classmethod
     def small(cls, **overrides: Any) -> Self:
@@ -138,6 +148,23 @@ class Bats(CellSpace):
         """Divisors of the channels that leave a multiple of the groups, and of the shuffle's."""
         share = math.lcm(self.groups, self.shuffle)
         return tuple(n for n in super().partials() if self.channels // n % share == 0)
+
+    def mix(self, x: Tensor, uses: Mapping[int, Sequence[Use]]) -> Mapping[int, Tensor]:
+        """All operations on one state together; see :func:`nasplat.nn.binary_mix.mix_binary`."""
+        return mix_binary(x, uses, merged=self.supernet_form == "merged")
+
+    def tie(self, operations: Sequence[nn.Module]) -> None:
+        """All binary operations on one state share their BatchNorm, which has no parameters in search."""
+        binary = [block for block in operations if isinstance(block, BinaryBlock | BinaryFactorisedReduce)]
+        for block in binary[1:]:
+            block.norm = binary[0].norm
+
+    def tie_edge(self, operations: Sequence[nn.Module]) -> None:
+        """In the merged form, the grouped convolutions of an edge share their PReLU."""
+        blocks = [block for block in operations if isinstance(block, BinaryBlock)]
+        if self.supernet_form == "merged":
+            for block in blocks[1:]:
+                block.activation = blocks[0].activation
 
     def preprocess(self, in_channels: int, channels: int, *, halve: bool, search: bool) -> nn.Module:
         """A binary 1x1 convolution, or a binary factorised reduce."""

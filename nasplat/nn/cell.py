@@ -42,7 +42,7 @@ class Mix(Protocol):
 
         Args:
             x: The state, ``(n, c, h, w)``.
-            uses: Per node the operations of its edge from this state, at least one each.
+            uses: Per node the operations of its edge from this state. At least one node, and one operation for each.
         """
         ...
 
@@ -148,6 +148,8 @@ class MixedCell(nn.Module):
                 for node in NODES
                 if node > source and mixture[node, source]
             }
+            if not uses:
+                continue
             for node, y in self._edges_from(state, self.stride if source < 2 else 1, uses).items():
                 nodes[node] = nodes[node] + y if node in nodes else y
         return torch.cat([nodes[node] if node in nodes else self._nothing(inputs[1]) for node in NODES], dim=1)

@@ -1,6 +1,8 @@
 import copy
 import math
 import pickle
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,12 +11,14 @@ from torch import Tensor, nn
 
 from nasplat.errors import ArchitectureError, InvalidInputError
 from nasplat.nn import BinaryConv2d, set_binarisation
+from nasplat.nn.cell import Use, mix
 from nasplat.space import SearchSpace
 from nasplat.testing.space_contract import SpaceContract
 from search_spaces import Bats
 from search_spaces.bats import OPERATIONS, PAPER_GENES
 
 TINY = Bats(cells=3, channels=4, groups=2, in_channels=1, classes=5, stem_stride=2)
+MERGED = replace(TINY, supernet_form="merged")
 
 
 class TestBatsContract(SpaceContract):
@@ -28,6 +32,18 @@ class TestBatsContract(SpaceContract):
     @pytest.fixture
     def example(self) -> Tensor:
         return torch.randn(4, 1, 16, 16, generator=torch.Generator().manual_seed(0))
+
+
+class TestMergedBatsContract(TestBatsContract):
+    builds = 1
+    samples = 2
+
+    # Not of the supernet, and slow.
+    test_same_id_in_another_process = None
+
+    @pytest.fixture
+    def space(self) -> SearchSpace:
+        return MERGED
 
 
 def test_choices_are_28_edges_of_8_operations() -> None:
@@ -77,6 +93,7 @@ def test_reductions(cells: int, reductions: tuple[int, ...]) -> None:
         ({"channels": 9, "groups": 3}, "channels is 9; legal: an even number"),
         ({"cells": 0}, "cells is 0; legal"),
         ({"classes": True}, "classes is True; legal"),
+        ({"supernet_form": "meta"}, "supernet_form is 'meta'; legal: 'paper', 'merged'"),
         ({"stem": "large"}, "stem is 'large'; legal: 'cifar', 'imagenet'"),
         ({"stem_stride": 3}, "stem_stride is 3; legal: 1, 2"),
         ({"cells": 2, "auxiliary": True}, "legal: cells from 3 up"),
@@ -146,15 +163,95 @@ def test_state_of_a_path_is_part_of_the_supernets() -> None:
         assert not affine & set(shapes)
 
 
-def test_path_equals_built_network_exactly() -> None:
+@pytest.mark.parametrize("space", [TINY, MERGED], ids=lambda space: space.supernet_form)
+def test_path_equals_built_network(space: Bats) -> None:
     torch.manual_seed(0)
-    supernet = TINY.supernet()
-    x = torch.randn(3, 1, 28, 28)
+    supernet = space.supernet().double()
+    _randomise(supernet)
+    x = torch.randn(3, 1, 28, 28, dtype=torch.float64)
     rng = np.random.default_rng(0)
-    for architecture in (TINY.paper_genes(), TINY.sample(rng), TINY.sample(rng)):
-        network = TINY.inherit(TINY.build(architecture), None, supernet.state_dict())
+    for architecture in (space.paper_genes(), space.sample(rng), space.sample(rng)):
+        network = space.inherit(space.build(architecture).double(), None, supernet.state_dict())
         set_binarisation(network, weights=False)
-        assert torch.equal(network.train()(x), supernet.train()(x, TINY.relax(architecture)))
+        relaxed = {name: weights.double() for name, weights in space.relax(architecture).items()}
+        torch.testing.assert_close(network.train()(x), supernet.train()(x, relaxed))
+
+
+def _randomise(supernet: nn.Module) -> None:
+    """Scales and slopes away from their first values."""
+    with torch.no_grad():
+        for name, parameter in supernet.named_parameters():
+            if name.endswith(("scale", "activation.weight")):
+                parameter.normal_()
+
+
+class _Plain(Bats):
+    """Every operation by itself, with a BatchNorm of its own."""
+
+    def mix(self, x: Tensor, uses: Mapping[int, Sequence[Use]]) -> Mapping[int, Tensor]:
+        return mix(x, uses)
+
+    def tie(self, operations: Sequence[nn.Module]) -> None:
+        pass
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize(("shuffle", "partial", "keep"), [(1, 1, False), (2, 2, False), (1, 1, True)])
+def test_supernet_computes_what_the_plain_one_does(
+    shuffle: int, partial: int, keep: bool, layout: torch.memory_format
+) -> None:
+    torch.manual_seed(0)
+    # 15 pixels: odd, so that the factorised reduces pad.
+    settings = {"cells": 3, "channels": 8, "groups": 2, "in_channels": 1, "classes": 5, "shuffle": shuffle}
+    spaces = Bats(**settings), _Plain(**settings)  # type: ignore[arg-type]
+    x, labels = torch.randn(4, 1, 15, 15, dtype=torch.float64).contiguous(memory_format=layout), torch.arange(4)
+    logits = {name: torch.randn(8, dtype=torch.float64) for name in spaces[0].choices}
+    kept = {name: OPERATIONS[i % 3 :: 2] for i, name in enumerate(logits)} if keep else {}
+    alive = {name: torch.tensor([o in kept.get(name, OPERATIONS) for o in OPERATIONS]) for name in logits}
+    supernets = [space.supernet(kept, partial).double().to(memory_format=layout) for space in spaces]  # type: ignore[call-overload]
+    _randomise(supernets[0])
+    supernets[1].load_state_dict(supernets[0].state_dict())
+    for training in (True, False):
+        results = []
+        for supernet in supernets:
+            alphas = {name: alpha.clone().requires_grad_() for name, alpha in logits.items()}
+            relaxed = {name: torch.softmax(alpha, 0) * alive[name] for name, alpha in alphas.items()}
+            output = supernet.train(training)(x, relaxed)
+            supernet.zero_grad()
+            nn.functional.cross_entropy(output, labels).backward()
+            results.append(
+                (
+                    output,
+                    {name: parameter.grad for name, parameter in supernet.named_parameters()},
+                    {name: alpha.grad for name, alpha in alphas.items()},
+                    dict(supernet.named_buffers(remove_duplicate=False)),
+                )
+            )
+        torch.testing.assert_close(*results, rtol=1e-6, atol=1e-9)
+
+
+def test_merged_supernet_has_one_slope_an_edge_under_every_name() -> None:
+    supernet = MERGED.supernet()
+    assert list(supernet.state_dict()) == list(TINY.supernet().state_dict())
+    saved = sum(p.numel() for p in TINY.supernet().parameters()) - sum(p.numel() for p in supernet.parameters())
+    # Three of four slopes per channel, on 14 edges of cells of 4, 8 and 16 channels.
+    assert saved == 3 * 14 * (4 + 8 + 16)
+    supernet.load_state_dict(TINY.supernet().state_dict())
+    twin = copy.deepcopy(supernet)
+    edge = twin.cells[0].edges["node2_from0"]
+    assert edge["gconv_3x3"].activation is edge["dil_gconv_5x5"].activation
+    assert edge["gconv_3x3"].activation is not twin.cells[0].edges["node3_from0"]["gconv_3x3"].activation
+    assert edge["gconv_3x3"].norm is twin.cells[0].edges["node5_from0"]["dil_gconv_5x5"].norm
+
+
+def test_merged_is_another_mixture() -> None:
+    torch.manual_seed(0)
+    supernets = TINY.supernet(), MERGED.supernet()
+    supernets[1].load_state_dict(supernets[0].state_dict())
+    even = {name: torch.full((8,), 1 / 8) for name in TINY.choices}
+    x = torch.randn(2, 1, 16, 16)
+    paper, merged = (supernet(x, even) for supernet in supernets)
+    assert not torch.allclose(paper, merged)
 
 
 def test_supernet_is_binary_in_activations_only() -> None:
@@ -174,13 +271,15 @@ def test_supernet_mixes_by_weight() -> None:
     relaxed = TINY.relax(TINY.paper_genes())
     halves = {name: torch.full((8,), 1 / 8) for name in relaxed}
     assert not torch.allclose(supernet(x, relaxed), supernet(x, halves))
-    seen: list[str] = []
-    for name, module in supernet.named_modules():
-        if name.rpartition(".")[2] in OPERATIONS:
-            module.register_forward_hook(lambda *_, name=name: seen.append(name))
-    supernet(x, relaxed)
-    assert len(seen) == 3 * 8
-    assert all(f"{name.rpartition('.')[2]}" in PAPER_GENES.values() for name in seen)
+    # What has no weight is not computed, and so gets no gradient.
+    supernet(x, relaxed).sum().backward()
+    learnt = {name for name, p in supernet.named_parameters() if name.endswith("conv.weight") and p.grad is not None}
+    assert {name for name in learnt if ".edges." in name} == {
+        f"cells.{index}.edges.{node}_{source}.{option}.conv.weight"
+        for index, cell in enumerate(supernet.cells)
+        for (kind, node, source), option in ((name.split("/"), option) for name, option in PAPER_GENES.items())
+        if kind == cell.kind and "gconv" in option
+    }
 
 
 def test_supernet_with_a_node_that_has_no_edge() -> None:
@@ -246,8 +345,8 @@ def test_auxiliary_classifier_lives_in_training_only() -> None:
 
 def test_trains() -> None:
     torch.manual_seed(0)
-    labels = torch.arange(64) % 5
-    images = torch.randn(5, 1, 16, 16)[labels] + 0.3 * torch.randn(64, 1, 16, 16)
+    labels = torch.arange(40) % 5
+    images = torch.randn(5, 1, 16, 16)[labels] + 0.3 * torch.randn(40, 1, 16, 16)
     network = TINY.build(TINY.paper_genes()).to(memory_format=torch.channels_last)
     optimizer = torch.optim.Adam(network.parameters(), 1e-3)
     losses = []
@@ -262,7 +361,7 @@ def test_trains() -> None:
 
 @pytest.mark.parametrize("shuffle", [1, 2])
 def test_torch_export_takes_any_batch(shuffle: int) -> None:
-    space = Bats.small(channels=4, shuffle=shuffle)
+    space = Bats.small(cells=2, channels=4, shuffle=shuffle)
     torch.manual_seed(0)
     network = space.build(space.paper_genes()).eval()
     batch = torch.export.Dim("batch")
@@ -275,17 +374,18 @@ def test_onnx_export_computes_the_same(tmp_path: object) -> None:
     import onnxruntime
 
     torch.manual_seed(0)
-    space = Bats.small(channels=4, stem_stride=1)
-    network = space.build(space.paper_genes()).eval()
+    space = Bats.small(cells=2, channels=4, stem_stride=1)
+    # With an identity at stride 2: on the 7 pixels of a side it pads.
+    genes = {**PAPER_GENES, "reduction/node2/from0": "identity"}
+    network = space.build(space.published(genes)).eval()
     batch = torch.export.Dim("batch")
-    # 14 pixels: odd after the first reduction, so the factorised reduce pads.
     program = torch.onnx.export(
-        network, (torch.randn(2, 1, 14, 14),), dynamo=True, dynamic_shapes=({0: batch},), verbose=False
+        network, (torch.randn(2, 1, 7, 7),), dynamo=True, dynamic_shapes=({0: batch},), verbose=False
     )
     assert program is not None
     file = f"{tmp_path}/bats.onnx"
     program.save(file)
     session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
-    x = torch.randn(3, 1, 14, 14)
+    x = torch.randn(3, 1, 7, 7)
     (logits,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
     torch.testing.assert_close(torch.from_numpy(logits), network(x).detach(), rtol=1e-3, atol=1e-3)
