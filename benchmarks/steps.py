@@ -105,9 +105,7 @@ def show(title: str, costs: Mapping[str, Cost], baseline: str) -> None:
     base = costs[baseline]
     width = max(map(len, costs))
     print(f"\n{title}\nratios: to {baseline}, in this run")
-    print(
-        f"{'':{width}}  {'step ms (min-max)':>24}  ratio  {'activations MB':>14}  ratio  {'MMACs/example':>13}  ratio"
-    )
+    print(f"{'':{width}}  {'CPU ms (min-max)':>24}  ratio  {'activations MB':>14}  ratio  {'MMACs/example':>13}  ratio")
     for name, cost in costs.items():
         low, high = min(cost.seconds), max(cost.seconds)
         cells = (

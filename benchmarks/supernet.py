@@ -7,8 +7,11 @@ Parts:
     kernels    a meta kernel of K = 1, 2, 4, 6, 8 candidates up to 7x7, beside the K convolutions one by one.
     mobile     a mobile block with expansions {3, 6} and kernels {3, 5, 7}, beside its six paths.
     depthwise  its depthwise layer alone: kernels {3, 5, 7}, in one and in four parts, beside the three convolutions.
+    cells      a search step of BATS and of the DARTS cell, beside a plain loop over operations.
+    bridge     a search step of BATS in its merged form, beside the paper's form.
 
-Time, memory and multiply-accumulates are those of ``steps.py``. One thread, channels-last, as the platform trains.
+Time, memory and multiply-accumulates of the first three are those of ``steps.py``; ``supernet_cells.py`` says what the
+others measure. One thread, channels-last, as the platform trains.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 from steps import measure, show
+from supernet_cells import bridge, cells
 from torch import Tensor, nn
 
 from nasplat.cost.latency import processor
@@ -158,7 +162,13 @@ def depthwise(repeats: int) -> None:
         show(f"depthwise: {channels} channels, {size}x{size}, batch 32", costs, "multi-path, 3 kernels")
 
 
-PARTS: dict[str, Callable[[int], None]] = {"kernels": kernels, "mobile": mobile, "depthwise": depthwise}
+PARTS: dict[str, Callable[[int], None]] = {
+    "kernels": kernels,
+    "mobile": mobile,
+    "depthwise": depthwise,
+    "cells": cells,
+    "bridge": bridge,
+}
 """Name of a part and the function that measures and prints it, given the number of repetitions."""
 
 
@@ -171,7 +181,7 @@ def main() -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     print(f"{processor()}, 1 thread, torch {torch.__version__}, Python {platform.python_version()}")
-    print(f"medians of {arguments.repeats} interleaved steps, processor time; a step is forward, backward and SGD")
+    print(f"medians of {arguments.repeats} interleaved steps")
     for name in arguments.part or PARTS:
         PARTS[name](arguments.repeats)
 

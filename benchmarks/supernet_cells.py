@@ -1,11 +1,4 @@
-"""One search step of a supernet of cells, beside the usual way to write it.
-
-    python benchmarks/supernet_cells.py                       # all parts
-    python benchmarks/supernet_cells.py bridge --repeats 9    # one of them
-
-Parts:
-    cells   one search step of BATS and of the DARTS cell against a plain reference.
-    bridge  one search step of the merged form of the BATS supernet against the paper's form.
+"""One search step of a supernet of cells, beside the usual way to write it: parts of ``supernet.py``.
 
 A search step is what ``strategies.Darts`` does for a batch: a loss on one batch and a step of the alphas, then a loss
 on another batch and a step of the weights. The reference has the same operations, the same weights and the same maths,
@@ -19,12 +12,10 @@ the process, which other processes of a busy machine disturb less than they do w
 
 from __future__ import annotations
 
-import argparse
 import copy
-import platform
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -33,11 +24,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from nasplat.cell_space import CellSpace, edge_name
-from nasplat.cost.latency import processor
 from nasplat.nn.cell import KINDS, NODES
 from nasplat.space import Relaxed
-from search_spaces import Bats
-from search_spaces.darts_cell import DartsCell
+from search_spaces import Bats, DartsCell
 
 EDGES = [(node, source) for node in NODES for source in range(node)]
 
@@ -338,25 +327,3 @@ def bridge(repeats: int) -> None:
             searchers = {"paper": ours(space), "merged": ours(replace(space, supernet_form="merged"))}
             measure(searchers, batches, repeats)
             show(searchers, batches[0], "paper")
-
-
-PARTS: Mapping[str, Callable[[int], None]] = {"cells": cells, "bridge": bridge}
-
-
-def main() -> None:
-    """Run the parts that the command line names."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)}; default: all")
-    parser.add_argument("--repeats", type=int, default=7, help="timed steps of each")
-    arguments = parser.parse_args()
-    for name in arguments.parts:
-        if name not in PARTS:
-            parser.error(f"{name!r} is no part; legal: {', '.join(PARTS)}")
-    torch.set_num_threads(1)
-    print(f"{processor()}, Python {platform.python_version()}, PyTorch {torch.__version__}, one thread")
-    for name in arguments.parts or PARTS:
-        PARTS[name](arguments.repeats)
-
-
-if __name__ == "__main__":
-    main()

@@ -10,7 +10,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 from torch import Tensor, nn
 
@@ -28,8 +28,7 @@ MakeCell: TypeAlias = Callable[[str, nn.Module, nn.Module, dict[tuple[int, int],
 class CellSpace(SearchSpace):
     """A search space of a normal and a reduction cell of four nodes, two edges on per node.
 
-    A subclass sets :attr:`OPERATIONS` (or overrides :attr:`operations`, where they depend on its fields) and defines
-    :meth:`operation` and :meth:`preprocess`.
+    A subclass defines :attr:`operations`, :meth:`operation` and :meth:`preprocess`.
 
     Attributes:
         cells: Number of cells. The ones at a third and two thirds are reduction cells; see :meth:`reductions`.
@@ -51,9 +50,6 @@ class CellSpace(SearchSpace):
     stem: Literal["cifar", "imagenet"] = "cifar"
     stem_stride: int = 1
     auxiliary: bool = False
-
-    OPERATIONS: ClassVar[tuple[str, ...]]
-    """What :attr:`operations` is by default."""
 
     def __post_init__(self) -> None:
         for name in ("cells", "channels", "in_channels", "classes", "stem_stride"):
@@ -80,6 +76,11 @@ class CellSpace(SearchSpace):
 
     # What a subclass owes.
 
+    @property
+    @abstractmethod
+    def operations(self) -> tuple[str, ...]:
+        """What an edge can be. The first is an edge that is not there."""
+
     @abstractmethod
     def operation(self, name: str, channels: int, stride: int, *, search: bool) -> nn.Module:
         """One operation of an edge, from ``(n, channels, h, w)`` to ``(n, channels, ceil(h / stride), ...)``.
@@ -96,11 +97,6 @@ class CellSpace(SearchSpace):
         """Brings an input of a cell to ``channels`` channels, and to half of its height and width where told so."""
 
     # What a subclass may override.
-
-    @property
-    def operations(self) -> tuple[str, ...]:
-        """What an edge can be. The first is an edge that is not there. Default: :attr:`OPERATIONS`."""
-        return self.OPERATIONS
 
     def stem_groups(self, channels: int) -> int:
         """Groups of the ImageNet stem's second and third convolution. Default: 1."""

@@ -78,7 +78,6 @@ class Bats(CellSpace):
     shuffle: int = 1
     supernet_form: Literal["paper", "merged"] = "paper"
 
-    OPERATIONS: ClassVar[tuple[str, ...]] = OPERATIONS
     TEMPERATURES: ClassVar[Mapping[str, float]] = MappingProxyType({"normal": 0.2, "reduction": 0.15})
 
     def __post_init__(self) -> None:
@@ -91,7 +90,6 @@ class Bats(CellSpace):
                     f"Bats: {name} is {getattr(self, name)}, which does not divide channels={self.channels}; "
                     f"legal: {divisors}"
                 )
-
         if self.supernet_form not in ("paper", "merged"):
             raise InvalidInputError(f"Bats: supernet_form is {self.supernet_form!r}; legal: 'paper', 'merged'")
 
@@ -123,6 +121,11 @@ class Bats(CellSpace):
         """
         width = {"channels": 120, "groups": 24} if wide else {"channels": 80, "groups": 16}
         return cls(**{"cells": 14, **width, "classes": 1000, "stem": "imagenet", **overrides})
+
+    @property
+    def operations(self) -> tuple[str, ...]:
+        """What an edge can be; the first is an edge that is not there."""
+        return OPERATIONS
 
     def paper_genes(self) -> Architecture:
         """The published cells as an architecture of this space."""

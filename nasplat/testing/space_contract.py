@@ -83,6 +83,12 @@ class SpaceContract:
         """A batch of at least two inputs, shape ``(n, ...)``."""
         raise NotImplementedError(f"{type(self).__name__} needs a fixture `example`")
 
+    def neutralise(self, supernet: Supernet) -> None:
+        """Make what a supernet has and a built network lacks do nothing, in evaluation mode. Default: there is none.
+
+        For instance the normalisation that follows a pool in the supernet of DARTS alone.
+        """
+
     def draw(self, space: SearchSpace, n: int, seed: int = 0) -> list[Architecture]:
         """``n`` samples of the space."""
         rng = np.random.default_rng(seed)
@@ -299,6 +305,7 @@ class SpaceContract:
         with torch.no_grad():
             # Running statistics of normalisations away from their first values.
             supernet.train()(example, even)
+        self.neutralise(supernet)
         for architecture in self.draw(space, self.builds):
             model = _run_build(space, architecture, example)
             space.inherit(model, None, supernet.state_dict())
