@@ -8,6 +8,7 @@ Parts:
     mobile     a mobile block with expansions {3, 6} and kernels {3, 5, 7}, beside its six paths.
     depthwise  its depthwise layer alone: kernels {3, 5, 7}, in one and in four parts, beside the three convolutions.
     cells      a search step of BATS and of the DARTS cell, beside a plain loop over operations.
+    paper      the same of the DARTS cell at its paper's size; takes minutes.
     bridge     a search step of BATS in its merged form, beside the paper's form.
 
 Time, memory and multiply-accumulates of the first three are those of ``steps.py``; ``supernet_cells.py`` says what the
@@ -22,7 +23,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 from steps import measure, show
-from supernet_cells import bridge, cells
+from supernet_cells import bridge, cells, paper
 from torch import Tensor, nn
 
 from nasplat.cost.latency import processor
@@ -167,6 +168,7 @@ PARTS: dict[str, Callable[[int], None]] = {
     "mobile": mobile,
     "depthwise": depthwise,
     "cells": cells,
+    "paper": paper,
     "bridge": bridge,
 }
 """Name of a part and the function that measures and prints it, given the number of repetitions."""

@@ -33,9 +33,18 @@ def test_there_are_studies() -> None:
     assert "demo.py" in STUDIES
 
 
-@pytest.mark.parametrize("study", [name for name in STUDIES if name != "demo.py"])
+@pytest.mark.parametrize("study", [name for name in STUDIES if name not in ("demo.py", "spaces.py")])
 def test_runs_in_short(study: str, tmp_path: Path) -> None:
     assert run(study, tmp_path).strip()
+
+
+def test_every_space_is_searched_by_every_kind_of_strategy(tmp_path: Path) -> None:
+    rows = run("spaces.py", tmp_path).splitlines()[1:]
+    for kind in ("random search", "regularised evolution", "TPE", "DARTS"):
+        spaces = {row[:26].strip() for row in rows if row[26:50].strip() == kind}
+        assert len(spaces) == 6, f"{kind} searched {spaces}"
+    accuracies = [float(row[59:74]) for row in rows]
+    assert len(rows) == 25 and all(0 <= accuracy <= 1 for accuracy in accuracies)
 
 
 def again(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:

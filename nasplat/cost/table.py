@@ -19,7 +19,9 @@ import torch
 from torch import Tensor
 
 from nasplat.architecture import Architecture
-from nasplat.cost.count import count
+from nasplat.cost.bench import Bench
+from nasplat.cost.counter import Count
+from nasplat.cost.meter import CostMeter
 from nasplat.errors import InvalidInputError
 from nasplat.space import Group, Option, Relaxed, SearchSpace
 
@@ -34,7 +36,9 @@ VERSION = 1
 
 @dataclass(frozen=True)
 class CostTable:
-    """Costs of one space's architectures. Make it with :meth:`fit` or :meth:`counted`, or read one with :meth:`load`.
+    """Costs of one space's architectures.
+
+    Made by :meth:`counted`, :meth:`measured` or :meth:`fit`, or read by :meth:`load`.
 
     Attributes:
         metric: What is given, unit in the name: ``macs``, ``ops``, ``latency_ms``.
@@ -69,7 +73,13 @@ class CostTable:
 
     @classmethod
     def fit(
-        cls, space: SearchSpace, metric: str, cost: Callable[[Architecture], float], rng: np.random.Generator
+        cls,
+        space: SearchSpace,
+        metric: str,
+        cost: Callable[[Architecture], float],
+        rng: np.random.Generator,
+        *,
+        oversampling: float = 1.0,
     ) -> Self:
         """The table that explains the costs of sampled architectures best (least squares).
 
@@ -82,6 +92,7 @@ class CostTable:
             metric: Name of the cost.
             cost: Of one architecture, finite.
             rng: Draws the architectures.
+            oversampling: Samples per independent entry at least. 1 does for exact costs; noise averages out with more.
 
         Raises:
             InvalidInputError: A cost is not finite.
@@ -102,7 +113,7 @@ class CostTable:
         basis = np.zeros((0, int(offsets[-1])))
         fitted: list[Architecture] = []
         known = 0
-        while known < 25:
+        while known < 25 or len(fitted) < oversampling * len(basis):
             architecture = space.sample(rng)
             features = row(architecture)
             # Twice, against rounding: what is left of the features outside of what earlier samples span.
@@ -149,16 +160,58 @@ class CostTable:
         Raises:
             InvalidInputError: No such metric.
         """
-        legal = ("params", "macs", "bops", "flops", "ops", "model_bytes")
-        if metric not in legal:
-            raise InvalidInputError(f"{metric!r} cannot be counted; legal: {', '.join(legal)}")
+        return cls._of_meter(space, example, Count(), metric, Bench(), seed, 1.0)
+
+    @classmethod
+    def measured(
+        cls,
+        space: SearchSpace,
+        example: Tensor,
+        meter: CostMeter,
+        metric: str = "latency_ms",
+        *,
+        bench: Bench | None = None,
+        seed: int = 0,
+        oversampling: float = 2.0,
+    ) -> Self:
+        """A table of what a meter measures, on this machine: ``CostTable.measured(space, example, Latency())``.
+
+        Whole networks are measured, so what happens between layers is part of the cost. The meter's noise is in the
+        table; ``error`` shows it, besides what is no sum over the terms.
+
+        Args:
+            space: Twice as many of its architectures as the table has independent entries are built and measured.
+            example: One input ``(1, ...)``.
+            meter: Measures a built network that was not trained.
+            metric: One of the meter's.
+            bench: Where measuring is exclusive; None takes this machine's.
+            seed: Of the architectures.
+            oversampling: See :meth:`fit`.
+
+        Raises:
+            InvalidInputError: No such metric.
+        """
+        return cls._of_meter(space, example, meter, metric, bench or Bench(), seed, oversampling)
+
+    @classmethod
+    def _of_meter(
+        cls,
+        space: SearchSpace,
+        example: Tensor,
+        meter: CostMeter,
+        metric: str,
+        bench: Bench,
+        seed: int,
+        oversampling: float,
+    ) -> Self:
+        if metric not in meter.metrics:
+            raise InvalidInputError(f"{meter!r} does not give {metric!r}; legal: {', '.join(meter.metrics)}")
+
+        def cost(architecture: Architecture) -> float:
+            return meter.measure(space.build(architecture).eval(), example, bench).values[metric]
+
         with torch.random.fork_rng(devices=[]):
-            return cls.fit(
-                space,
-                metric,
-                lambda architecture: getattr(count(space.build(architecture), example), metric),
-                np.random.default_rng(seed),
-            )
+            return cls.fit(space, metric, cost, np.random.default_rng(seed), oversampling=oversampling)
 
     # Using one.
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from nasplat.cost import CostTable, Resource
+from nasplat.cost import CostTable, Latency, Measurement, Resource
 from nasplat.errors import InvalidInputError
 from nasplat.identity import describe, restore
 from nasplat.plugins import restorable
@@ -119,6 +119,34 @@ def test_counted_table_of_a_space_equals_the_counts():
         assert table.cost(architecture) == pytest.approx(parameters, rel=1e-9)
 
 
+@dataclass(frozen=True)
+class NoisyMeter:
+    """Milliseconds that are the number of layers, and noise."""
+
+    trained = False
+    metrics = ("latency_ms",)
+
+    def measure(self, model, example, bench):
+        assert not model.training
+        noise = torch.randn((), generator=NOISE).item()
+        return Measurement({"latency_ms": 10.0 * len(list(model)) + noise})
+
+
+NOISE = torch.Generator().manual_seed(0)
+
+
+def test_measured_table_averages_the_noise_of_the_meter():
+    space = space_from(linear, {"width": (2, 5, 9), "depth": (0, 1, 3)})
+    few, many = (
+        CostTable.measured(space, torch.zeros(1, 4), NoisyMeter(), oversampling=factor) for factor in (1.0, 100.0)
+    )
+    for architecture in space.enumerate():
+        assert many.cost(architecture) == pytest.approx(10.0 * (3 + architecture.genes["depth"]), abs=0.5)
+    assert 0 < few.error < 0.3
+    latency = CostTable.measured(space, torch.zeros(1, 4), Latency(repeats=1, seconds=0), oversampling=1.0)
+    assert latency.metric == "latency_ms" and latency.constant > 0
+
+
 def test_files_and_descriptions_come_back_equal(table, tmp_path):
     assert CostTable.load(table.save(tmp_path / "new" / "table.json")) == table
     assert restore(json.loads(json.dumps(describe(table))), restorable()) == table
@@ -145,7 +173,7 @@ def test_bad_use_says_what_is_legal(table):
         replace(table, terms=((("head",), (1.0, 2.0)),))
     with pytest.raises(InvalidInputError, match="has no costs for"):
         table.cost(Bats.small().paper_genes())
-    with pytest.raises(InvalidInputError, match="'speed' cannot be counted; legal: params, macs"):
+    with pytest.raises(InvalidInputError, match="does not give 'speed'; legal: params, macs"):
         CostTable.counted(Net(), torch.zeros(1, 1), "speed")
     with pytest.raises(InvalidInputError, match="no finite cost"):
         CostTable.fit(Net(), "macs", lambda a: float("nan"), np.random.default_rng(0))
