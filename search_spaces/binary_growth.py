@@ -28,6 +28,8 @@ from nasplat.cost.count import BOPS_PER_OP
 from nasplat.drawing import Block, Sketch, Stages
 from nasplat.errors import InvalidInputError, UnsupportedError
 from nasplat.nn.expert import ExpertBinaryConv2d, hard_gate
+from nasplat.nn.leading import LeadingBatchNorm2d, LeadingPReLU
+from nasplat.nn.prelu import PReLU
 from nasplat.space import Option, Relaxed, SearchSpace, Supernet
 
 Genes: TypeAlias = Mapping[str, Any]
@@ -563,10 +565,10 @@ class _Downsample(nn.Module):
         self.pool = nn.AvgPool2d(2, ceil_mode=True, count_include_pad=False) if stride > 1 else nn.Identity()
         self.squeeze = nn.Conv2d(in_channels, inner, 1, bias=False)
         self.squeeze_norm = nn.BatchNorm2d(inner)
-        self.squeeze_activation = nn.PReLU(inner)
+        self.squeeze_activation = PReLU(inner)
         self.expand = nn.Conv2d(inner, channels, 1, bias=False)
         self.expand_norm = nn.BatchNorm2d(channels)
-        self.expand_activation = nn.PReLU(channels)
+        self.expand_activation = PReLU(channels)
 
     def forward(self, x: Tensor) -> Tensor:
         """From ``(n, in_channels, h, w)`` to ``(n, channels, ceil(h / stride), ceil(w / stride))``."""
@@ -593,7 +595,7 @@ class _Layer(nn.Module):
             padding=kernel_size // 2,
             groups=groups,
         )
-        self.activation = nn.PReLU(channels)
+        self.activation = PReLU(channels)
         keeps = stride == 1 and in_channels == channels
         self.shortcut = nn.Identity() if keeps else _Downsample(in_channels, channels, stride)
 
@@ -800,38 +802,14 @@ class _MixedConv(ExpertBinaryConv2d):
         return total
 
 
-class _LeadingNorm(nn.BatchNorm2d):
-    """A BatchNorm without affine parameters, for as many leading channels as its input has."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__(channels, affine=False)
-
-    def forward(self, input: Tensor) -> Tensor:
-        """Shape ``(n, c, h, w)``, ``c`` at most ``num_features``."""
-        assert self.running_mean is not None
-        assert self.running_var is not None
-        assert self.momentum is not None
-        channels = input.shape[1]
-        mean, variance = self.running_mean[:channels], self.running_var[:channels]
-        return F.batch_norm(input, mean, variance, None, None, self.training, self.momentum, self.eps)
-
-
-class _LeadingPReLU(nn.PReLU):
-    """A PReLU for as many leading channels as its input has."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        """Shape ``(n, c, h, w)``, ``c`` at most ``num_parameters``."""
-        return F.prelu(input, self.weight[: input.shape[1]])
-
-
 class _MixedDownsample(_Downsample):
     """A stage's first shortcut, of which widths are mixed."""
 
     def __init__(self, in_channels: int, channels: int, stride: int) -> None:
         super().__init__(in_channels, channels, stride)
         inner = in_channels // DOWNSAMPLE_RATIO
-        self.squeeze_norm, self.squeeze_activation = _LeadingNorm(inner), _LeadingPReLU(inner)
-        self.expand_norm, self.expand_activation = _LeadingNorm(channels), _LeadingPReLU(channels)
+        self.squeeze_norm, self.squeeze_activation = LeadingBatchNorm2d(inner), LeadingPReLU(inner)
+        self.expand_norm, self.expand_activation = LeadingBatchNorm2d(channels), LeadingPReLU(channels)
         self.stride = stride
 
     def mixed(self, x: Tensor, mixture: _Mixture) -> Tensor:
@@ -860,7 +838,7 @@ class _MixedLayer(nn.Module):
         self, in_channels: int, channels: int, kernel_size: int, stride: int, kept: Mapping[str, Sequence[Any]]
     ) -> None:
         super().__init__()
-        self.norm = _LeadingNorm(in_channels)
+        self.norm = LeadingBatchNorm2d(in_channels)
         self.conv = _MixedConv(
             in_channels,
             channels,
@@ -871,7 +849,7 @@ class _MixedLayer(nn.Module):
             padding=kernel_size // 2,
             binary_weights=False,
         )
-        self.activation = _LeadingPReLU(channels)
+        self.activation = LeadingPReLU(channels)
         keeps = stride == 1 and in_channels == channels
         self.shortcut = None if keeps else _MixedDownsample(in_channels, channels, stride)
 

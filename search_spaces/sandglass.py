@@ -21,6 +21,7 @@ from torch.nn import functional
 from nasplat.architecture import Architecture
 from nasplat.drawing import Block, Sketch, Stages
 from nasplat.errors import InvalidInputError, UnsupportedError
+from nasplat.nn.leading import LeadingBatchNorm2d
 from nasplat.nn.mobile import (
     ConvNorm,
     InvertedResidual,
@@ -484,7 +485,7 @@ class _SharedConv(nn.Module):
         super().__init__()
         groups = in_channels if depthwise else 1
         self.conv = nn.Conv2d(in_channels, out_channels, kernel_size, stride=stride, groups=groups, bias=False)
-        self.norm = nn.BatchNorm2d(out_channels, affine=False)
+        self.norm = LeadingBatchNorm2d(out_channels)
         self.depthwise = depthwise
         self.activation = activation
 
@@ -505,16 +506,7 @@ class _SharedConv(nn.Module):
             weight = weight[:, :, crop : crop + len(kernel), crop : crop + len(kernel)] * kernel
         groups = channels if self.depthwise else 1
         y = functional.conv2d(x, weight, None, self.conv.stride, weight.shape[-1] // 2, groups=groups)
-        mean, variance = self.norm.running_mean, self.norm.running_var
-        assert mean is not None and variance is not None and self.norm.momentum is not None
-        y = functional.batch_norm(
-            y,
-            mean[:channels],
-            variance[:channels],
-            training=self.training,
-            momentum=self.norm.momentum,
-            eps=self.norm.eps,
-        )
+        y = self.norm(y)
         if self.activation:
             y = functional.relu6(y)
         return y * mask.view(-1, 1, 1)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from nasplat.errors import InvalidInputError, UnsupportedError
 from nasplat.nn.embedding import AveragePool, Candidate, Identity, Kernel, LayerShape, Zero, centre, sum_centred
+from nasplat.nn.leading import LeadingBatchNorm2d
 from nasplat.nn.mobile import InvertedResidual
 
 WeightSharing: TypeAlias = Literal["separate", "shared"]
@@ -256,13 +257,13 @@ class MetaInvertedResidual(nn.Module):
         width = in_channels * (steps[-1] if largest is None else largest)
         self._part_of = [part for channels in added for part in range(parts) for _ in range(channels // parts)][:width]
         self.expand = nn.Conv2d(in_channels, width, 1, bias=False)
-        self.expand_norm = nn.BatchNorm2d(width, affine=False)
+        self.expand_norm = LeadingBatchNorm2d(width)
         self.depthwise = MetaConv2d(
             width, width, candidates, stride=stride, groups=width, weight_sharing=weight_sharing
         )
-        self.depthwise_norm = nn.BatchNorm2d(width, affine=False)
+        self.depthwise_norm = LeadingBatchNorm2d(width)
         self.project = nn.Conv2d(width, out_channels, 1, bias=False)
-        self.project_norm = nn.BatchNorm2d(out_channels, affine=False)
+        self.project_norm = LeadingBatchNorm2d(out_channels)
         masks = [[float(channel < e * in_channels) for channel in range(width)] for e in self.expansions]
         self._masks: Tensor
         self._rows: Tensor
@@ -307,9 +308,9 @@ class MetaInvertedResidual(nn.Module):
         kernel = self.depthwise.meta_kernel(weights, used[0])
         mask = expansions @ self._masks[:, :hidden]
         # In place, because autograd keeps the output of a ReLU6 anyway: it is the input of the next convolution.
-        y = F.relu6(_norm(self.expand_norm, F.conv2d(x, self.expand.weight[:hidden])), inplace=True)
-        y = F.relu6(_norm(self.depthwise_norm, self.depthwise.convolve(y, kernel[:hidden])), inplace=True)
-        y = _norm(self.project_norm, F.conv2d(y, self.project.weight[:, :hidden] * mask[:, None, None]))
+        z = F.relu6(self.expand_norm(F.conv2d(x, self.expand.weight[:hidden])), inplace=True)
+        z = F.relu6(self.depthwise_norm(self.depthwise.convolve(z, kernel[:hidden])), inplace=True)
+        y: Tensor = self.project_norm(F.conv2d(z, self.project.weight[:, :hidden] * mask[:, None, None]))
         if 0 in self.expansions and (index := self.expansions.index(0)) in used[1]:
             y = y * (1 - expansions[index])
         return x + y if self.shortcut else y
@@ -479,13 +480,3 @@ def _initialised(shape: tuple[int, int, int, int]) -> nn.Parameter:
 def _not_zero(weights: Tensor) -> list[int]:
     rows = weights.detach().reshape(-1, weights.shape[-1]).ne(0).any(0).tolist()
     return [index for index, used in enumerate(rows) if used]
-
-
-def _norm(norm: nn.BatchNorm2d, x: Tensor) -> Tensor:
-    """A BatchNorm without affine part, of the first channels if ``x`` has fewer. It updates the whole's statistics."""
-    channels = x.shape[1]
-    assert norm.running_mean is not None and norm.running_var is not None and norm.num_batches_tracked is not None
-    if norm.training:
-        norm.num_batches_tracked.add_(1)
-    mean, variance = norm.running_mean[:channels], norm.running_var[:channels]
-    return F.batch_norm(x, mean, variance, training=norm.training, momentum=norm.momentum or 0.0, eps=norm.eps)
