@@ -15,6 +15,7 @@ from typing import Literal, NamedTuple, TypeAlias
 
 from torch import nn
 
+from nasplat.checks import is_number
 from nasplat.errors import InvalidInputError
 from nasplat.nn import set_binarisation
 from nasplat.nn.expert import set_experts
@@ -46,22 +47,24 @@ class Phase:
     weight_decay: float | None = None
 
     def __post_init__(self) -> None:
-        if not 0.001 <= self.share <= 1:
-            raise InvalidInputError(f"a phase's share is {self.share}; legal: a number in [0.001, 1]")
+        if not is_number(self.share) or not 0.001 <= self.share <= 1:
+            raise InvalidInputError(f"a phase's share is {self.share!r}; legal: a number in [0.001, 1]")
         legal = {
             "binary_activations": (True, False, "tanh"),
             "binary_weights": (True, False),
             "experts": ("all", "one"),
         }
         for name, options in legal.items():
-            if getattr(self, name) not in options:
+            value = getattr(self, name)
+            # 1 equals True, but is not taken for it everywhere.
+            if not any(value == option and type(value) is type(option) for option in options):
                 shown = ", ".join(map(repr, options))
-                raise InvalidInputError(f"a phase's {name} is {getattr(self, name)!r}; legal: {shown}")
-        if self.lr is not None and not self.lr > 0:
-            raise InvalidInputError(f"a phase's lr is {self.lr}; legal: a positive number, or None for the recipe's")
-        if self.weight_decay is not None and not self.weight_decay >= 0:
+                raise InvalidInputError(f"a phase's {name} is {value!r}; legal: {shown}")
+        if self.lr is not None and not (is_number(self.lr) and self.lr > 0):
+            raise InvalidInputError(f"a phase's lr is {self.lr!r}; legal: a positive number, or None for the recipe's")
+        if self.weight_decay is not None and not (is_number(self.weight_decay) and self.weight_decay >= 0):
             raise InvalidInputError(
-                f"a phase's weight_decay is {self.weight_decay}; legal: a number from 0 up, or None for the recipe's"
+                f"a phase's weight_decay is {self.weight_decay!r}; legal: a number from 0 up, or None for the recipe's"
             )
 
     def enter(self, model: nn.Module) -> None:

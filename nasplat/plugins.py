@@ -9,7 +9,7 @@ from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
-from nasplat import objectives, phases, task, teacher
+from nasplat import architecture, objectives, phases, task, teacher
 from nasplat.cost import counter, latency, resource, table
 from nasplat.data import sources
 from nasplat.errors import UnknownPluginError
@@ -55,7 +55,7 @@ def load(group: str, name: str) -> Any:
 @cache
 def restorable() -> Mapping[str, Any]:
     """What a study's folder may name: nasplat's own dataclasses, and those of modules that hold a plug-in."""
-    modules: list[Any] = [objectives, task, phases, teacher, latency, counter, table, resource, sources]
+    modules: list[Any] = [architecture, objectives, task, phases, teacher, latency, counter, table, resource, sources]
     for group in GROUPS:
         for point in installed(group).values():
             point.load()

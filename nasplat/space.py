@@ -394,19 +394,24 @@ class SearchSpace(ABC):
             alive: What the supernet holds (:meth:`alive`).
 
         Raises:
-            InvalidInputError: A choice has no weights, or only zeros, or weight on an option that is not alive.
+            InvalidInputError: A choice has no weights, too many or too few, or only zeros; a weight is not finite; or
+                an option has weight that is not alive.
         """
-        lacking = [
-            name
-            for name, options in self._choices.items()
-            if name not in relaxed or relaxed[name].shape != (len(options),)
-        ]
-        if lacking:
-            raise InvalidInputError(f"{self.name}: relaxed lacks weights for {', '.join(lacking)}, one per option")
-        values = iter(torch.cat([relaxed[name].detach() for name in self._choices]).ne(0).tolist())
+        for name, options in self._choices.items():
+            if name not in relaxed:
+                raise InvalidInputError(f"{self.name}: relaxed lacks weights for {name}; it has {', '.join(relaxed)}")
+            if relaxed[name].shape != (len(options),):
+                shape = tuple(relaxed[name].shape)
+                raise InvalidInputError(
+                    f"{self.name}: the weights of {name} have shape {shape}; legal: ({len(options)},)"
+                )
+        values = torch.cat([relaxed[name].detach() for name in self._choices]).tolist()
+        if not all(map(math.isfinite, values)):
+            raise InvalidInputError(f"{self.name}: weights in relaxed are not finite; legal: finite numbers")
+        weights = iter(values)
         used: dict[str, list[int]] = {}
         for name, options in self._choices.items():
-            used[name] = [index for index in range(len(options)) if next(values)]
+            used[name] = [index for index in range(len(options)) if next(weights) != 0.0]
             dropped = [str(options[index]) for index in used[name] if options[index] not in alive[name]]
             if dropped or not used[name]:
                 raise InvalidInputError(

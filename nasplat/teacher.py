@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from nasplat.checks import is_number
 from nasplat.errors import InvalidInputError
 
 
@@ -56,12 +57,13 @@ class Teacher:
 
     def __post_init__(self) -> None:
         for name in ("attention", "logits"):
-            if not getattr(self, name) >= 0:
-                raise InvalidInputError(f"a teacher's {name} is {getattr(self, name)}; legal: a number from 0 up")
+            value = getattr(self, name)
+            if not is_number(value) or value < 0:
+                raise InvalidInputError(f"a teacher's {name} is {value!r}; legal: a number from 0 up")
         if not (self.attention or self.logits):
             raise InvalidInputError("a teacher's attention and logits are both 0, so it teaches nothing")
-        if not self.temperature > 0:
-            raise InvalidInputError(f"a teacher's temperature is {self.temperature}; legal: a positive number")
+        if not is_number(self.temperature) or self.temperature <= 0:
+            raise InvalidInputError(f"a teacher's temperature is {self.temperature!r}; legal: a positive number")
         for name, options in {"distance": ("squared", "norm"), "last": ("logits", "all")}.items():
             if getattr(self, name) not in options:
                 shown = ", ".join(options)

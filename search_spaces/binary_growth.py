@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 from nasplat.architecture import Architecture
+from nasplat.checks import is_number, is_whole, sequence
 from nasplat.cost.count import BOPS_PER_OP
 from nasplat.drawing import Block, Sketch, Stages
 from nasplat.errors import InvalidInputError, UnsupportedError
@@ -89,22 +90,24 @@ class BinaryGrowth(SearchSpace):
     image_size: int = 224
 
     def __post_init__(self) -> None:
+        for name in ("widths", "expansion", "groups", "aggregation", "experts", "squeeze_excite"):
+            object.__setattr__(self, name, sequence(self.name, name, getattr(self, name)))
         for name in ("classes", "in_channels", "image_size"):
             value = getattr(self, name)
-            if not _whole(value):
+            if not is_whole(value):
                 raise InvalidInputError(f"BinaryGrowth: {name} is {value!r}; legal: an integer from 1 up")
-        if not _whole(self.max_depth) or self.max_depth > 9:
+        if not is_whole(self.max_depth) or self.max_depth > 9:
             raise InvalidInputError(f"BinaryGrowth: max_depth is {self.max_depth!r}; legal: an integer from 1 to 9")
-        if not self.widths or any(not _whole(width) or width % 4 for width in self.widths):
+        if not self.widths or any(not is_whole(width) or width % 4 for width in self.widths):
             # A quarter of a width is the inner width of stem and downsample.
             raise InvalidInputError(f"BinaryGrowth: widths is {self.widths!r}; legal: one or more multiples of 4")
         for name in ("expansion", "groups", "experts"):
             values = getattr(self, name)
-            if not values or any(not _whole(value) for value in values) or list(values) != sorted(set(values)):
+            if not values or any(not is_whole(value) for value in values) or list(values) != sorted(set(values)):
                 raise InvalidInputError(f"BinaryGrowth: {name} is {values!r}; legal: ascending integers from 1 up")
         for name in ("aggregation", "squeeze_excite"):
             values = getattr(self, name)
-            if values not in ((False,), (True,), (False, True)):
+            if values not in ((False,), (True,), (False, True)) or not all(isinstance(value, bool) for value in values):
                 raise InvalidInputError(
                     f"BinaryGrowth: {name} is {values!r}; legal: (False,), (True,) or (False, True)"
                 )
@@ -117,13 +120,13 @@ class BinaryGrowth(SearchSpace):
             )
         if self.stem not in ("imagenet", "cifar"):
             raise InvalidInputError(f"BinaryGrowth: stem is {self.stem!r}; legal: 'imagenet', 'cifar'")
-        if self.stem_stride not in (1, 2):
+        if not is_whole(self.stem_stride) or self.stem_stride > 2:
             raise InvalidInputError(f"BinaryGrowth: stem_stride is {self.stem_stride!r}; legal: 1, 2")
         if self.max_ops is not None:
-            least = min(self._ops(self._uniform(1, self.expansion[0], count)) for count in self.groups)
-            if not self.max_ops >= least:
+            least = self._ops(self._smallest())
+            if not is_number(self.max_ops) or self.max_ops < least:
                 raise InvalidInputError(
-                    f"BinaryGrowth: max_ops is {self.max_ops}; legal: None, or at least {least:.0f}, "
+                    f"BinaryGrowth: max_ops is {self.max_ops!r}; legal: None, or at least {least:.0f}, "
                     f"what the smallest network takes on images of {self.image_size}x{self.image_size}"
                 )
 
@@ -201,11 +204,24 @@ class BinaryGrowth(SearchSpace):
             "squeeze_excite": self.squeeze_excite[0],
         }
 
+    def _smallest(self) -> dict[str, Option]:
+        """The genes with the fewest operations. Each stage has its own best groups: aggregation may outweigh them."""
+        genes = self._uniform(1, self.expansion[0], self.groups[0])
+        for stage in range(len(self.widths)):
+            genes = min(({**genes, _groups(stage): count} for count in self.groups), key=self._ops)
+        return genes
+
     # Notation.
 
     def start(self) -> Architecture:
-        """Where growth starts: ``2222-1-1:1:1:1``, ResNet-18, or as near to it as the options allow."""
-        return self.architecture(self._uniform(min(2, self.max_depth), self.expansion[0], self.groups[0]))
+        """Where growth starts: ``2222-1-1:1:1:1``, ResNet-18, or as near to it as options and budget allow.
+
+        Over the budget, one block a stage; then with more groups; then the network with the fewest operations.
+        """
+        expansion, fewest = self.expansion[0], self.groups[0]
+        tried = [self._uniform(min(2, self.max_depth), expansion, fewest)]
+        tried += [self._uniform(1, expansion, count) for count in self.groups]
+        return self.architecture(next(filter(self.is_valid, tried), self._smallest()))
 
     def topology(
         self,
@@ -233,9 +249,10 @@ class BinaryGrowth(SearchSpace):
         if [len(group) for group in numbers] != [stages, 1, stages] or not all(
             number.isdecimal() and number.isascii() for group in numbers for number in group
         ):
+            example = f"{stages * '2'}-1-{':'.join(stages * '1')}"
             raise InvalidInputError(
                 f"{self.name}: {text!r} is no topology; legal: {stages} digits for blocks, the expansion and {stages} "
-                f"numbers of groups, as in {self.notation(self.start())!r}"
+                f"numbers of groups, as in {example!r}"
             )
         depths, (expansion,), groups = ([int(number) for number in group] for group in numbers)
         genes: dict[str, Option] = {
@@ -339,10 +356,11 @@ class BinaryGrowth(SearchSpace):
                         yield kind, direction > 0, change
             for change in self._beside(genes, "expansion", direction):
                 # Twice the width with four times the groups costs as many binary operations.
-                factor = (float(change["expansion"]) / genes["expansion"]) ** 2
-                groups = {_groups(stage): genes[_groups(stage)] * factor for stage in stages}
-                if all(count in self.groups for count in groups.values()):
-                    yield "expansion", direction > 0, {**change, **{name: int(count) for name, count in groups.items()}}
+                new, old = int(change["expansion"]) ** 2, genes["expansion"] ** 2
+                scaled = {_groups(stage): divmod(genes[_groups(stage)] * new, old) for stage in stages}
+                if all(rest == 0 and count in self.groups for count, rest in scaled.values()):
+                    groups = {name: count for name, (count, _) in scaled.items()}
+                    yield "expansion", direction > 0, {**change, **groups}
         for donor in stages:
             for taker in stages:
                 if donor != taker and genes[_depth(donor)] > 1 and genes[_depth(taker)] < self.max_depth:
@@ -488,10 +506,6 @@ class BinaryGrowth(SearchSpace):
             else:
                 found[name] = held[tuple(slice(0, size) for size in tensor.shape)]
         return super().inherit(model, None, found)
-
-
-def _whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
 def _depth(stage: int) -> str:
@@ -714,10 +728,10 @@ class _Pattern:
     @cached_property
     def mask(self) -> Tensor:
         """Sum of the weighted parts, ``(channels, in_channels)``."""
-        device = self.parts[0][3].device
+        device, dtype = self.parts[0][3].device, self.parts[0][3].dtype
         rows = torch.arange(self.channels, device=device)[:, None]
         columns = torch.arange(self.in_channels, device=device)
-        mask = torch.zeros(self.channels, self.in_channels, device=device)
+        mask = torch.zeros(self.channels, self.in_channels, device=device, dtype=dtype)
         for in_channels, channels, groups, weight in self.parts:
             same_group = rows // (channels // groups) == columns // (in_channels // groups)
             mask = mask + weight * (same_group & (rows < channels) & (columns < in_channels))
@@ -790,7 +804,7 @@ class _MixedConv(ExpertBinaryConv2d):
 
     def _factors(self, means: Tensor, channels: int, answers: Weighted) -> Tensor:
         """Squeeze-and-excitation mixed with a factor of one, ``(n, channels)`` or ``(1, 1)``."""
-        total = torch.zeros(1, 1, device=means.device)
+        total = torch.zeros(1, 1, device=means.device, dtype=means.dtype)
         for answer, weight in answers:
             if answer:
                 assert self.excite is not None

@@ -90,6 +90,9 @@ SECOND_ORDER_GENES: Mapping[str, str] = MappingProxyType(
 class DartsCell(CellSpace):
     """The DARTS search space: 28 edges of 8 operations, two edges on per node.
 
+    In the supernet a BatchNorm follows each pool, in a built network none does, as in the authors' code. So a built
+    network with pools does not compute what the supernet computes for it, even with its weights inherited.
+
     Attributes:
         sandglass: Sandglass blocks of 3x3 and 5x5 kernels: ``none``; ``added`` to the eight operations;
             or ``replaced``: in place of the two separable convolutions.
@@ -101,7 +104,7 @@ class DartsCell(CellSpace):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.sandglass not in OPERATIONS:
+        if not isinstance(self.sandglass, str) or self.sandglass not in OPERATIONS:
             raise InvalidInputError(
                 f"DartsCell: sandglass is {self.sandglass!r}; legal: {', '.join(map(repr, OPERATIONS))}"
             )

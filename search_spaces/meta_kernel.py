@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from nasplat.architecture import Architecture
+from nasplat.checks import is_whole, sequence
 from nasplat.drawing import Block, Sketch, Stages
 from nasplat.errors import InvalidInputError, UnsupportedError
 from nasplat.nn.embedding import Kernel, LayerShape, parse
@@ -57,7 +58,9 @@ class MetaKernel(SearchSpace):
             ``conv_3x3``, ``dil_conv_3x3_d2``, ``conv_1x5``, ``avg_pool_3x3``, ``identity``, ``zero`` and their like.
             Layers of stride 2 do not offer ``identity``.
         expansions: Candidates of every layer, rising, from 2 up.
-        skip: Whether layers that keep channels and size offer expansion 0, which leaves the layer out.
+        skip: Whether layers that keep channels and size offer expansion 0, which leaves the layer out. The kernels of
+            such a layer are chosen all the same and mean nothing, so one network has several genes, and a search may
+            train it more than once.
         parts: Parts of a layer's hidden channels that choose their kernels each by itself; 1 is the whole layer.
         weight_sharing: Of the supernet: ``separate`` kernels, or ``shared``, where candidates are masks on one kernel.
         in_channels: Channels of an image.
@@ -85,31 +88,35 @@ class MetaKernel(SearchSpace):
     classes: int = 1000
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "stages", tuple(tuple(stage) for stage in self.stages))
-        object.__setattr__(self, "kernels", tuple(self.kernels))
-        object.__setattr__(self, "expansions", tuple(self.expansions))
+        for name in ("stages", "kernels", "expansions"):
+            object.__setattr__(self, name, sequence(self.name, name, getattr(self, name)))
+        object.__setattr__(self, "stages", tuple(sequence(self.name, "a stage", stage) for stage in self.stages))
         for name in ("stem_channels", "first_channels", "head_channels", "parts", "in_channels", "classes"):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            if not is_whole(value):
                 raise InvalidInputError(f"MetaKernel: {name} is {value!r}; legal: an integer from 1 up")
-        if self.stem_stride not in (1, 2):
+        if not is_whole(self.stem_stride) or self.stem_stride > 2:
             raise InvalidInputError(f"MetaKernel: stem_stride is {self.stem_stride!r}; legal: 1, 2")
+        if not isinstance(self.skip, bool):
+            raise InvalidInputError(f"MetaKernel: skip is {self.skip!r}; legal: True, False")
         if self.weight_sharing not in ("separate", "shared"):
             raise InvalidInputError(
                 f"MetaKernel: weight_sharing is {self.weight_sharing!r}; legal: 'separate', 'shared'"
             )
         for stage in self.stages:
-            if len(stage) != 3 or stage[0] < 1 or stage[1] < 1 or stage[2] not in (1, 2):
+            if len(stage) != 3 or not all(map(is_whole, stage)) or stage[2] > 2:
                 raise InvalidInputError(
-                    f"MetaKernel: stages has {stage}; legal: (channels, layers, stride), both from 1 up, stride 1 or 2"
+                    f"MetaKernel: stages has {stage}; legal: (channels, layers, stride), integers from 1 up, "
+                    "stride 1 or 2"
                 )
-        rising = all(a < b for a, b in zip(self.expansions, self.expansions[1:], strict=False))
-        if not self.stages or not self.expansions or self.expansions[0] < 2 or not rising:
+        whole = all(is_whole(expansion, 2) for expansion in self.expansions)
+        if not self.stages or not self.expansions or not whole or list(self.expansions) != sorted(set(self.expansions)):
             raise InvalidInputError(
                 f"MetaKernel: stages is {self.stages}, expansions is {self.expansions}; legal: one or more of each, "
-                "expansions rising from 2 up"
+                "expansions integers rising from 2 up"
             )
-        if not self.kernels or len(set(self.kernels)) != len(self.kernels):
+        named = all(isinstance(kernel, str) for kernel in self.kernels)
+        if not self.kernels or not named or len(set(self.kernels)) != len(self.kernels):
             raise InvalidInputError(f"MetaKernel: kernels is {self.kernels}; legal: one or more different names")
         for layer in self._layers:
             if not layer.kernels:
@@ -184,8 +191,8 @@ class MetaKernel(SearchSpace):
         return choices
 
     def interactions(self) -> Sequence[tuple[str, ...]]:
-        """A layer's kernels and its expansion: its cost is that of their combination."""
-        return [(*layer.kernel_names, layer.expansion_name) for layer in self._layers]
+        """Each kernel of a layer with the layer's expansion: parts add up, and each costs in proportion to it."""
+        return [(kernel, layer.expansion_name) for layer in self._layers for kernel in layer.kernel_names]
 
     def build(self, architecture: Architecture) -> nn.Module:
         """The network of one architecture: plain layers, which hold no other candidate.
@@ -291,7 +298,7 @@ class MetaKernel(SearchSpace):
             expansion = genes[layer.expansion_name]
             if expansion != 0:
                 kernels = dict.fromkeys(str(genes[name]) for name in layer.kernel_names)
-                lines = (*kernels, f"expansion {expansion}")
+                lines = (" | ".join(kernels), f"expansion {expansion}")
                 blocks.append(Block(layer.name, lines, layer.out_channels, stride=layer.stride))
         blocks.append(Block("head", ("1x1 convolution",), self.head_channels))
         return [Stages(self.name, tuple(blocks))]

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from nasplat.architecture import Architecture
+from nasplat.checks import is_number, is_whole, sequence
 from nasplat.drawing import Block, Sketch, Stages
 from nasplat.errors import InvalidInputError, UnsupportedError
 from nasplat.nn.leading import LeadingBatchNorm2d
@@ -71,15 +72,17 @@ class Stage:
     reductions: tuple[int, ...] = (2, 4, 6)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "depths", tuple(self.depths))
-        object.__setattr__(self, "reductions", tuple(self.reductions))
-        if self.channels < 1 or self.stride not in (1, 2):
+        for name in ("depths", "reductions"):
+            object.__setattr__(self, name, sequence("Stage", name, getattr(self, name)))
+        if not is_whole(self.channels) or not is_whole(self.stride) or self.stride > 2:
             raise InvalidInputError(
-                f"Stage: channels is {self.channels}, stride {self.stride}; legal: channels from 1 up, stride 1 or 2"
+                f"Stage: channels is {self.channels!r}, stride {self.stride!r}; legal: channels an integer from 1 up, "
+                "stride 1 or 2"
             )
-        if not _different(self.depths) or (self.depths != (1,) and min(self.depths) < 2):
-            raise InvalidInputError(f"Stage: depths is {self.depths}; legal: (1,), or different numbers from 2 up")
-        if not _different(self.reductions) or min(self.reductions) < 2:
+        least = 1 if len(self.depths) == 1 else 2
+        if not all(is_whole(depth, least) for depth in self.depths) or not _different(self.depths):
+            raise InvalidInputError(f"Stage: depths is {self.depths}; legal: (1,), or different integers from 2 up")
+        if not all(is_whole(reduction, 2) for reduction in self.reductions) or not _different(self.reductions):
             raise InvalidInputError(f"Stage: reductions is {self.reductions}; legal: different integers from 2 up")
 
 
@@ -121,29 +124,30 @@ class Sandglass(SearchSpace):
 
     def __post_init__(self) -> None:
         for name in ("stages", "kernels", "widths", "identities"):
-            object.__setattr__(self, name, tuple(getattr(self, name)))
+            object.__setattr__(self, name, sequence(self.name, name, getattr(self, name)))
         for name in ("kernels", "widths", "identities"):
             options = getattr(self, name)
-            if not _different(options):
-                raise InvalidInputError(f"Sandglass: {name} is {options}; legal: one or more, all different")
+            if not all(map(is_number, options)) or not _different(options):
+                raise InvalidInputError(f"Sandglass: {name} is {options}; legal: one or more numbers, all different")
         if not self.stages or not all(isinstance(stage, Stage) for stage in self.stages):
             raise InvalidInputError(f"Sandglass: stages is {self.stages!r}; legal: one or more Stage(...)")
         for name in ("stem", "in_channels", "classes"):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            if not is_whole(value):
                 raise InvalidInputError(f"Sandglass: {name} is {value!r}; legal: an integer from 1 up")
-        if any(kernel < 1 or kernel % 2 == 0 for kernel in self.kernels):
+        if any(not is_whole(kernel) or kernel % 2 == 0 for kernel in self.kernels):
             raise InvalidInputError(f"Sandglass: kernels is {self.kernels}; legal: odd integers from 1 up")
         if any(not 0 < identity <= 1 for identity in self.identities):
             raise InvalidInputError(f"Sandglass: identities is {self.identities}; legal: above 0 up to 1")
         if self.variant not in ("paper", "code"):
             raise InvalidInputError(f"Sandglass: variant is {self.variant!r}; legal: 'paper', 'code'")
-        if self.stem_stride not in (1, 2):
-            raise InvalidInputError(f"Sandglass: stem_stride is {self.stem_stride}; legal: 1, 2")
-        if not self.width_multiplier > 0 or min(self.widths) <= 0 or not 0 <= self.dropout < 1:
+        if not is_whole(self.stem_stride) or self.stem_stride > 2:
+            raise InvalidInputError(f"Sandglass: stem_stride is {self.stem_stride!r}; legal: 1, 2")
+        numbers = is_number(self.width_multiplier) and is_number(self.dropout)
+        if not numbers or self.width_multiplier <= 0 or min(self.widths) <= 0 or not 0 <= self.dropout < 1:
             raise InvalidInputError(
-                f"Sandglass: width_multiplier is {self.width_multiplier}, widths {self.widths}, dropout "
-                f"{self.dropout}; legal: widths above 0, dropout from 0 to below 1"
+                f"Sandglass: width_multiplier is {self.width_multiplier!r}, widths {self.widths}, dropout "
+                f"{self.dropout!r}; legal: widths above 0, dropout from 0 to below 1"
             )
         for index in range(len(self.stages)):
             channels = [self._channels(index, width) for width in self.widths]
@@ -361,6 +365,8 @@ class Sandglass(SearchSpace):
                 lines = ["sandglass", *lines, f"reduction {chosen['reduction']}"]
                 if len(self._options(index)["block"]) > 2:
                     lines.append(f"identity {_identity(chosen['block']):g}")
+            if len(self._options(index)["width"]) > 1:
+                lines.append(f"width {chosen['width']:g}")
             blocks.append(
                 Block(
                     f"stage {index + 1}",
@@ -371,7 +377,7 @@ class Sandglass(SearchSpace):
                 )
             )
         blocks.append(Block("classifier", (f"{self.classes} classes",)))
-        return [Stages(f"Sandglass, width {self.width_multiplier:g}", tuple(blocks))]
+        return [Stages(f"Sandglass, width multiplier {self.width_multiplier:g}", tuple(blocks))]
 
     @property
     def _stem_channels(self) -> int:

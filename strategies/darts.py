@@ -84,6 +84,8 @@ class Darts:
             )
         if self.temperature is not None and not self.temperature > 0:
             raise InvalidInputError(f"temperature is {self.temperature}; it must be positive, or None for the space's")
+        if self.resource is not None and not isinstance(self.resource, Resource):
+            raise InvalidInputError(f"resource is {self.resource!r}; a nasplat.cost.Resource, or None, is needed")
         if self.clip is not None and not self.clip > 0:
             raise InvalidInputError(f"clip is {self.clip}; it must be positive, or None for no clipping")
 

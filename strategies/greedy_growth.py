@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from nasplat.architecture import Architecture
+from nasplat.checks import is_number, is_whole
 from nasplat.errors import InvalidInputError
 from nasplat.strategy import Evaluate, History, Trial
 
@@ -27,26 +28,30 @@ class GreedyGrowth:
     there are workers. The next round starts from the move with the greatest ratio of gain in the first objective to
     gain in cost; a move that gains and costs nothing more beats all that cost more, and among such the greatest gain
     wins. Ties go to the first. Failed trials and such as break a limit are never kept. When no move gains, the network
-    is trained in full, and the search is over.
+    is trained in full, if it was not yet, and the search is over.
 
     Attributes:
         start: Where to start; None is the space's own ``start()`` where it has one, else a random architecture.
         cost: The metric that a gain is set against; None takes the greatest gain whatever it costs.
-        budget: Share of the full training that judges a move, in [0, 1].
-        rounds: Steps at most; None grows until no move gains. For a study of few trials: only the training in full at
-            the end makes a result (``Result.best``) where ``budget`` is below 1.
+        budget: Share of the full training that judges a move, in [0, 1]. Below 1, only the training in full at the end
+            makes a result (``Result.best``), so the study needs trials enough to get there, or a limit to ``rounds``.
+        rounds: Steps at most; None grows until no move gains.
     """
 
     start: Architecture | None = None
     cost: str | None = "ops"
-    budget: float = 0.5
+    budget: float = 1.0
     rounds: int | None = None
 
     def __post_init__(self) -> None:
-        if not 0.0 <= self.budget <= 1.0:
-            raise InvalidInputError(f"budget is {self.budget}; a share of the full training, in [0, 1]")
-        if self.rounds is not None and self.rounds < 0:
-            raise InvalidInputError(f"rounds is {self.rounds}; None, or an integer from 0 up")
+        if self.start is not None and not isinstance(self.start, Architecture):
+            raise InvalidInputError(f"start is {self.start!r}; None, or an architecture of the space")
+        if self.cost is not None and not isinstance(self.cost, str):
+            raise InvalidInputError(f"cost is {self.cost!r}; None, or the name of a metric")
+        if not is_number(self.budget) or not 0.0 <= self.budget <= 1.0:
+            raise InvalidInputError(f"budget is {self.budget!r}; a share of the full training, in [0, 1]")
+        if self.rounds is not None and not is_whole(self.rounds, 0):
+            raise InvalidInputError(f"rounds is {self.rounds!r}; None, or an integer from 0 up")
 
     def propose(self, history: History, rng: np.random.Generator) -> Evaluate | None:
         """The next move of this round; None while a round's last trials run, and at the end.
@@ -64,10 +69,13 @@ class GreedyGrowth:
         done = 0
         while self.rounds is None or done < self.rounds:
             round_ = [current, *history.space.growth(current)]
-            new = next((architecture for architecture in round_ if self._judged(history, architecture) is None), None)
-            if new is not None:
-                return Evaluate(new, self.budget, notes={"round": done})
-            trials = [trial for architecture in round_ if (trial := self._judged(history, architecture)) is not None]
+            judged = [self._judged(history, architecture) for architecture in round_]
+            trials = [trial for trial in judged if trial is not None]
+            for trial in trials:
+                # Not only when the round is over: that would be a whole round of training for nothing.
+                self._require_cost(trial)
+            if None in judged:
+                return Evaluate(round_[judged.index(None)], self.budget, notes={"round": done})
             if any(trial.state == "running" for trial in trials):
                 return None
             best = self._best(history, trials[0], trials[1:])
@@ -84,7 +92,7 @@ class GreedyGrowth:
                 raise InvalidInputError(f"start is an architecture of {self.start.space}, not of {history.space.name}")
             return self.start
         own: Any = getattr(history.space, "start", None)
-        if own is not None:
+        if callable(own):
             start: Architecture = own()
             return start
         # Drawn for an earlier trial: the history remembers it.
@@ -116,16 +124,19 @@ class GreedyGrowth:
                 best = (key, trial.architecture)
         return None if best is None else best[1]
 
+    def _require_cost(self, trial: Trial) -> None:
+        if trial.state == "complete" and self.cost is not None and self.cost not in trial.metrics:
+            raise InvalidInputError(
+                f"GreedyGrowth: cost is {self.cost!r}, which trial {trial.number} does not have; "
+                f"legal: None, {', '.join(sorted(trial.metrics))}"
+            )
+
     def _measured(self, history: History, trial: Trial) -> tuple[float, float]:
         """Loss and cost of a trial; an infinite loss where it failed or breaks a limit."""
         objective = history.objectives[0]
         if trial.state != "complete" or objective.metric not in trial.metrics or history.violation(trial) > 0:
             return inf, 0.0
-        if self.cost is not None and self.cost not in trial.metrics:
-            raise InvalidInputError(
-                f"GreedyGrowth: cost is {self.cost!r}, which trial {trial.number} does not have; "
-                f"legal: None, {', '.join(sorted(trial.metrics))}"
-            )
+        self._require_cost(trial)
         return objective.loss(trial.metrics), trial.metrics[self.cost] if self.cost is not None else 0.0
 
     def _in_full(self, history: History, architecture: Architecture, done: int) -> Evaluate | None:

@@ -310,6 +310,9 @@ def two(first, second, points=("0",)):
     [
         ({"attention": -1}, "attention is -1; legal: a number from 0 up"),
         ({"logits": float("nan")}, "logits is nan"),
+        ({"attention": float("inf")}, "attention is inf; legal: a number from 0 up"),
+        ({"attention": "a"}, "attention is 'a'"),
+        ({"temperature": float("inf")}, "temperature is inf; legal: a positive number"),
         ({"attention": 0, "logits": 0}, "both 0, so it teaches nothing"),
         ({"temperature": 0}, "temperature is 0; legal: a positive number"),
         ({"distance": "l1"}, "distance is 'l1'; legal: squared, norm"),

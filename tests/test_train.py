@@ -192,6 +192,22 @@ def test_a_phase_has_an_optimiser_of_its_own(kind):
     assert len({id(optimiser) for optimiser, *_ in seen}) == 3 and seen[2][0] is seen[3][0]
 
 
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        ({"share": "a"}, "share is 'a'; legal: a number"),
+        ({"binary_activations": 1}, "binary_activations is 1; legal: True, False, 'tanh'"),
+        ({"binary_weights": 0}, "binary_weights is 0; legal: True, False"),
+        ({"lr": "x"}, "lr is 'x'; legal: a positive number"),
+        ({"lr": float("inf")}, "lr is inf; legal: a positive number"),
+        ({"weight_decay": float("inf")}, "weight_decay is inf; legal: a number from 0 up"),
+    ],
+)
+def test_a_phase_says_what_is_wrong(wrong, says):
+    with pytest.raises(InvalidInputError, match=says):
+        Phase(**{"share": 1.0, **wrong})
+
+
 def test_a_phases_own_rate_falls_from_there():
     phases = (Phase(0.5, lr=0.1), Phase(0.5))
     found = rates(Task.digits(epochs=2, limit=60, batch_size=30, lr=0.2, phases=phases), Watched())

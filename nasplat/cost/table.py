@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Self, TypeAlias
 
@@ -83,12 +84,13 @@ class CostTable:
     ) -> Self:
         """The table that explains the costs of sampled architectures best (least squares).
 
-        Samples are drawn until 25 in a row tell nothing new about the terms, so the table is exact where costs are
-        sums over the terms of ``space.interactions()``. In a group, options cost what they cost more than the cheapest
-        one of the group, and ``off`` is free.
+        Samples are drawn until many in a row tell nothing new about the terms, and those that do are costed. So the
+        table is exact where costs are sums over the terms of ``space.interactions()``, but for combinations that the
+        space hardly ever draws: those get the greatest cost of their term. In a group, options cost what they cost more
+        than the cheapest one of the group, and ``off`` is free.
 
         Args:
-            space: Its samples are costed, some more than it has independent entries.
+            space: As many of its samples are costed as the table has independent entries, and 20 to judge it on.
             metric: Name of the cost.
             cost: Of one architecture, finite.
             rng: Draws the architectures.
@@ -110,10 +112,13 @@ class CostTable:
                 features[offset + np.ravel_multi_index(at, shape)] = 1.0
             return features
 
+        # The rarest combination of a term is one of so many: wait until it would have come.
+        patience = max(25, 5 * max(map(math.prod, shapes)))
         basis = np.zeros((0, int(offsets[-1])))
         fitted: list[Architecture] = []
+        seen = np.zeros(int(offsets[-1]), dtype=bool)
         known = 0
-        while known < 25 or len(fitted) < oversampling * len(basis):
+        while known < patience or len(fitted) < oversampling * len(basis):
             architecture = space.sample(rng)
             features = row(architecture)
             # Twice, against rounding: what is left of the features outside of what earlier samples span.
@@ -124,12 +129,19 @@ class CostTable:
                 known = 0
             else:
                 known += 1
+                if len(fitted) >= oversampling * len(basis):
+                    continue
             fitted.append(architecture)
+            seen |= features > 0
         held = [space.sample(rng) for _ in range(HELD_OUT)]
         costs = np.array([float(cost(architecture)) for architecture in (*fitted, *held)])
         if not np.isfinite(costs).all():
             raise InvalidInputError(f"cost table of {metric}: an architecture of {space.name} has no finite cost")
         solution = np.linalg.lstsq(np.array([row(a) for a in fitted]), costs[: len(fitted)], rcond=None)[0]
+        for start, end in pairwise(offsets):
+            # What no sample had is never the cheapest: at least as dear as all that were seen.
+            values, known_ones = solution[start:end], seen[start:end]
+            values[~known_ones] = values[known_ones].max()
         tables = [
             solution[start:end].reshape(shape) for start, end, shape in zip(offsets, offsets[1:], shapes, strict=False)
         ]

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from nasplat.architecture import Architecture
 from nasplat.errors import FolderError, FolderMismatchError, UnsupportedError
+from nasplat.nn import BinaryConv2d
 from nasplat.space import SearchSpace
 
 ARCHITECTURE_FILE = "architecture.json"
 WEIGHTS_FILE = "weights.safetensors"
+
+_SWITCHES = ("binary_activations", "tanh_activations", "binary_weights", "single")
+"""Attributes of binary layers that no tensor tells: what is binary, and whether one expert is used alone."""
 
 _USAGE = """\
 `architecture.json` says which network it is and `weights.safetensors` holds its tensors; neither can hold code. With
@@ -61,7 +66,7 @@ class Weights:
         return _USAGE.format(identity=self.space.identity)
 
     def write(self, model: nn.Module, example: Tensor, path: Path) -> None:
-        """Write parameters and buffers.
+        """Write parameters and buffers, and how the switches of binary layers stand.
 
         Raises:
             UnsupportedError: The model's state holds something other than tensors.
@@ -71,7 +76,13 @@ class Weights:
         if odd:
             raise UnsupportedError(f"safetensors holds tensors only; the model's state has others: {', '.join(odd)}")
         # The format takes neither strides nor memory that two tensors share, so tied weights are written twice.
-        save_file({name: value.detach().cpu().contiguous().clone() for name, value in state.items()}, path)
+        tensors = {name: value.detach().cpu().contiguous().clone() for name, value in state.items()}
+        switches = {
+            name: {switch: bool(getattr(layer, switch)) for switch in _SWITCHES if hasattr(layer, switch)}
+            for name, layer in model.named_modules()
+            if isinstance(layer, BinaryConv2d)
+        }
+        save_file(tensors, path, {"switches": json.dumps(switches)} if switches else None)
 
     def load(self, path: Path) -> Callable[[Tensor], Tensor]:
         """Build the model of the file's folder."""
@@ -102,6 +113,8 @@ def load_bundle(folder: str | Path, space: SearchSpace) -> nn.Module:
     path = folder / WEIGHTS_FILE
     try:
         state = load_file(path)
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
     except (OSError, SafetensorError) as error:
         raise FolderError(f"{path} cannot be read as safetensors: {error}") from error
     with torch.random.fork_rng(devices=[]):
@@ -110,7 +123,27 @@ def load_bundle(folder: str | Path, space: SearchSpace) -> nn.Module:
         model.load_state_dict(state)
     except RuntimeError as error:
         raise FolderError(f"{path} does not hold the weights of architecture {architecture.id}: {error}") from error
+    _set_switches(model, metadata.get("switches", "{}"), path)
     return model.eval()
+
+
+def _set_switches(model: nn.Module, text: str, path: Path) -> None:
+    try:
+        found = {
+            (name, switch): value for name, switches in json.loads(text).items() for switch, value in switches.items()
+        }
+    except (ValueError, AttributeError) as error:
+        raise FolderError(f"{path} has switches of binary layers that cannot be read: {error}") from error
+    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, BinaryConv2d)}
+    for (name, switch), value in found.items():
+        if (
+            name not in layers
+            or switch not in _SWITCHES
+            or not hasattr(layers[name], switch)
+            or type(value) is not bool
+        ):
+            raise FolderError(f"{path} switches {switch} of {name} to {value!r}; its network has no such switch")
+        setattr(layers[name], switch, value)
 
 
 def read_architecture(folder: Path, space: SearchSpace) -> Architecture:

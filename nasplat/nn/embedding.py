@@ -150,6 +150,10 @@ def candidate_of(module: nn.Module, stride: int = 1) -> Candidate:
                 raise refuse("only an average that counts the padding, over a full window, is the same everywhere")
             return AveragePool(side)
         case nn.Conv2d():
+            if type(module) is not nn.Conv2d:
+                raise refuse(
+                    "it does more than a plain convolution; the sign of a sum of kernels, for instance, is none"
+                )
             height, width = module.kernel_size
             if len(set(module.dilation)) != 1:
                 raise refuse(f"its dilation is {module.dilation}; legal: the same in both directions")

@@ -34,7 +34,8 @@ def prelu(x: Tensor, slope: Tensor) -> Tensor:
         x: Any shape with the channels second.
         slope: Per channel, or one for all.
     """
-    if x.ndim != 4 or torch.compiler.is_exporting() or not torch.is_grad_enabled():
+    if x.ndim != 4 or x.dtype != slope.dtype or torch.compiler.is_exporting() or not torch.is_grad_enabled():
+        # Of two types under autocast, which PyTorch's own function sorts out.
         return functional.prelu(x, slope)
     y: Tensor = _PReLU.apply(x, slope)  # type: ignore[no-untyped-call]
     return y

@@ -11,7 +11,7 @@ from nasplat.cost import CostTable, Latency, Measurement, Resource
 from nasplat.errors import InvalidInputError
 from nasplat.identity import describe, restore
 from nasplat.plugins import restorable
-from nasplat.space import Group, SearchSpace, space_from
+from nasplat.space import FunctionSpace, Group, SearchSpace, space_from
 from search_spaces import Bats
 
 COSTS = {"narrow": 3.0, "wide": 11.0, "off": 0.0}
@@ -95,6 +95,41 @@ def test_the_expected_cost_has_the_gradient_of_its_finite_differences(table):
 def test_in_a_group_off_and_the_cheapest_option_are_free(table):
     blocks = {names[0]: values for names, values in table.terms if names[0].startswith("block")}
     assert all(values == pytest.approx((0.0, 0.0, 8.0), abs=1e-9) for values in blocks.values())
+
+
+def test_rare_combinations_are_waited_for():
+    options = tuple(range(9))
+    space = space_from(lambda genes: nn.Identity(), {"a": options, "b": options, "c": (0, 1)})
+    space = Joint(space.function, space.options)
+    for seed in range(4):
+        costed = []
+
+        def table_cost(architecture, costed=costed):
+            costed.append(architecture)
+            return 1.0 + 7.0 * ((5 * architecture.genes["a"] + architecture.genes["b"]) % 11) + architecture.genes["c"]
+
+        table = CostTable.fit(space, "x", table_cost, np.random.default_rng(seed))
+        assert all(table.cost(a) == pytest.approx(table_cost(a), rel=1e-9) for a in space.enumerate())
+        assert len({a.id for a in costed}) <= 82 + 20 + 162  # independent entries, held out, and the check above
+
+
+@dataclass(frozen=True)
+class Joint(FunctionSpace):
+    forbidden: int = -1
+
+    def interactions(self):
+        return [("a", "b"), ("c",)]
+
+    def is_valid(self, genes):
+        return genes["a"] != self.forbidden
+
+
+def test_what_was_never_seen_is_not_cheap():
+    options = tuple(range(4))
+    space = Joint(nn.Identity, {"a": options, "b": options, "c": (0, 1)}, forbidden=3)
+    table = CostTable.fit(space, "x", lambda a: 10.0 + a.genes["a"] + a.genes["b"], np.random.default_rng(0))
+    values = np.array(next(values for names, values in table.terms if names == ("a", "b"))).reshape(4, 4)
+    assert (values[3] >= values[:3].max() - 1e-9).all()
 
 
 def test_what_is_no_sum_shows_in_the_error():

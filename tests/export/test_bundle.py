@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from nasplat.errors import (
@@ -31,9 +32,10 @@ from nasplat.errors import (
 )
 from nasplat.export import TorchExport, Weights, export, load_bundle
 from nasplat.export.compare import compare
+from nasplat.nn import ExpertBinaryConv2d, set_binarisation, set_experts
 from nasplat.space import SearchSpace
 from nasplat.task import Task
-from search_spaces.bats import Bats
+from search_spaces import Bats, BinaryGrowth
 
 
 @dataclass(frozen=True)
@@ -306,6 +308,38 @@ def test_damaged_bundles_say_what_is_wrong(tmp_path):
     (tmp_path / "best" / "weights.safetensors").unlink()
     (tmp_path / "best" / "architecture.json").write_text(report.architecture.to_json())
     with pytest.raises(FolderError, match="cannot be read as safetensors"):
+        load_bundle(tmp_path / "best", space)
+
+
+@pytest.mark.parametrize("how", [{"weights": False}, {"weights": False, "activations": "tanh"}, {"activations": False}])
+def test_binary_layers_come_back_as_they_were_left(tmp_path, how):
+    space = BinaryGrowth.small(widths=(8, 8), experts=(1, 4), in_channels=1)
+    architecture = space.architecture({**space.start().genes, "experts": 4})
+    x = images(8, 60)
+    torch.manual_seed(0)
+    model = with_history(space.build(architecture), x)
+    set_binarisation(model, **how)
+    set_experts(model, single=True)
+    report = export(space, architecture, model, x, tmp_path / "best", targets=())
+    assert [file.verdict for file in report.files] == ["equal"]
+    back = load_bundle(tmp_path / "best", space)
+    assert torch.equal(logits_of(back, x), logits_of(model, x))
+    assert {m.single for m in back.modules() if isinstance(m, ExpertBinaryConv2d)} == {True}
+
+
+@pytest.mark.parametrize(
+    "switches",
+    ["[]", "{", '{"nowhere": {"single": true}}', '{"first": {"__class__": true}}', '{"first": {"single": 1}}'],
+)
+def test_damaged_switches_are_refused(tmp_path, switches):
+    space = BinaryGrowth.small(widths=(8, 8), in_channels=1)
+    architecture, x = space.start(), images(8, 10)
+    model = space.build(architecture)
+    export(space, architecture, model, x, tmp_path / "best", targets=())
+    first = next(name for name, layer in model.named_modules() if isinstance(layer, ExpertBinaryConv2d))
+    path = tmp_path / "best" / "weights.safetensors"
+    save_file(load_file(path), path, {"switches": switches.replace("first", first)})
+    with pytest.raises(FolderError, match="switches"):
         load_bundle(tmp_path / "best", space)
 
 

@@ -7,6 +7,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from nasplat.errors import InvalidInputError, UnsupportedError
+from nasplat.nn import BinaryConv2d
 from nasplat.nn.embedding import AveragePool, Identity, Kernel, LayerShape, candidate_of, parse
 from nasplat.nn.meta_kernel import MetaConv2d, MetaInvertedResidual, Nothing, SplitConv2d, plain
 from nasplat.nn.mobile import InvertedResidual
@@ -317,6 +318,7 @@ def test_a_module_that_is_embeddable_is_recognised(module: nn.Module, stride: in
         (nn.Conv2d(4, 4, 2, bias=False), 1, "no centre"),
         (nn.AvgPool2d(3, 1, padding=1, count_include_pad=False), 1, "counts the padding"),
         (nn.AvgPool2d(3, 1), 1, "padding 1"),
+        (BinaryConv2d(4, 4, 3, padding=1), 1, "more than a plain convolution"),
     ],
 )
 def test_a_module_that_is_not_embeddable_is_refused(module: nn.Module, stride: int, reason: str) -> None:

@@ -90,3 +90,12 @@ def test_prelu_sums_saves_its_inputs_only() -> None:
     with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
         prelu_sums(inputs, torch.full((3, 2, 2), 0.25, requires_grad=True), torch.ones(3, 2))
     assert [tuple(x.shape) for x in saved] == [(3, 2, 2), (3, 2), *[(2, 4, 3, 3)] * 3]
+
+
+def test_autocast_trains() -> None:
+    layer = PReLU(3)
+    x = torch.randn(2, 3, 4, 4, requires_grad=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = layer(nn.functional.conv2d(x, torch.ones(3, 3, 1, 1)))
+    y.float().sum().backward()
+    assert x.grad is not None and layer.weight.grad is not None

@@ -159,6 +159,10 @@ def test_choices() -> None:
         ({"stem_stride": 3}, "stem_stride is 3; legal: 1, 2"),
         ({"max_ops": 1000.0}, "max_ops is 1000.0; legal: None, or at least [0-9]+, what the smallest network"),
         ({"max_ops": float("nan")}, "max_ops is nan"),
+        ({"max_ops": "a"}, "max_ops is 'a'; legal: None, or at least"),
+        ({"widths": 64}, "widths is 64; legal: a tuple or list"),
+        ({"groups": 1}, "groups is 1; legal: a tuple or list"),
+        ({"aggregation": (0, 1)}, r"aggregation is \(0, 1\); legal: \(False,\)"),
     ],
 )
 def test_bad_parameters_say_what_is_legal(arguments: dict[str, object], message: str) -> None:
@@ -217,6 +221,36 @@ def test_notation() -> None:
         space.topology("1262-2-3:8:8:16")
 
 
+def test_a_tight_budget_starts_with_a_smaller_network() -> None:
+    def cost(text: str) -> float:
+        return TINY.ops(TINY.topology(text, aggregation=False))
+
+    for at_most, starts in (("22-1-1:1", "22-1-1:1"), ("11-1-1:1", "11-1-1:1"), ("11-1-2:2", "11-1-2:2")):
+        space = replace(TINY, max_ops=cost(at_most))
+        assert space.notation(space.start()) == starts
+        with pytest.raises(InvalidInputError, match=r"'nonsense' is no topology; legal: 2 digits.*'22-1-1:1'"):
+            space.topology("nonsense")
+
+
+@pytest.mark.parametrize("aggregation", [(False, True), (True,)])
+@pytest.mark.parametrize("widths", [(8, 16), (4, 64)])
+def test_the_least_budget_is_that_of_the_smallest_network(
+    aggregation: tuple[bool, ...], widths: tuple[int, int]
+) -> None:
+    space = replace(TINY, widths=widths, aggregation=aggregation)
+    least = min(map(space.ops, space.enumerate()))
+    tight = replace(space, max_ops=least)
+    assert tight.ops(tight.start()) == least
+    with pytest.raises(InvalidInputError, match=f"or at least {least:.0f}"):
+        replace(space, max_ops=least - 0.5)
+
+
+def test_lists_become_tuples() -> None:
+    lists = replace(TINY, widths=[8, 16], groups=[1, 2, 4], aggregation=[False, True])  # type: ignore[arg-type]
+    assert lists == TINY
+    assert lists.identity == TINY.identity
+
+
 def test_sketch() -> None:
     space = BinaryGrowth.imagenet()
     (row,) = space.sketch(space.topology("1262-2-4:8:8:16", experts=4))
@@ -267,7 +301,11 @@ def test_growth_from_the_start() -> None:
     assert {**grouped.genes, "aggregation": True} in [dict(move.genes) for move in space.growth(grouped)]
 
 
-@pytest.mark.parametrize("space", [TINY, LIMITED], ids=["free", "budget"])
+# 3 / 5 is not exact in floats: only integers lead back from 5 times the width to 3 times.
+FIFTHS = BinaryGrowth(widths=(900,), max_depth=1, expansion=(3, 5), groups=(1, 9, 25), stem="cifar", experts=(1,))
+
+
+@pytest.mark.parametrize("space", [TINY, LIMITED, FIFTHS], ids=["free", "budget", "fifths"])
 def test_neighbours_are_symmetric_and_growth_is_among_them(space: BinaryGrowth) -> None:
     near = {architecture: space.neighbours(architecture) for architecture in space.enumerate()}
     assert len(near) < space.size()
@@ -353,7 +391,7 @@ def test_is_grown_by_a_strategy() -> None:
         return {"value": value(architecture), "ops": space.ops(architecture)}
 
     start = space.topology("11-1-1:1")
-    run = drive(GreedyGrowth(start=start), Landscape(space, score), 500, in_flight=4)
+    run = drive(GreedyGrowth(start=start, budget=0.5), Landscape(space, score), 500, in_flight=4)
     last = run.history.trials[-1]
     assert last.proposal.notes["final"]
     assert value(last.architecture) > value(start)
@@ -586,3 +624,12 @@ def test_onnx_export_computes_the_same(tmp_path: object) -> None:
     x = torch.randn(3, 1, 13, 13) + torch.randn(3, 1, 1, 1)
     (logits,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
     torch.testing.assert_close(torch.from_numpy(logits), model(x).detach(), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_the_supernet_mixes_in_the_type_of_its_weights(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    relaxed = {name: torch.full((len(some),), 1 / len(some), dtype=dtype) for name, some in TINY.choices.items()}
+    logits = TINY.supernet().to(dtype)(torch.randn(2, 1, 8, 8, dtype=dtype), relaxed)
+    assert logits.dtype == dtype
+    assert logits.isfinite().all()

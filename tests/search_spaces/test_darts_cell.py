@@ -77,6 +77,8 @@ def test_size() -> None:
 def test_bad_parameters_say_what_is_legal() -> None:
     with pytest.raises(InvalidInputError, match="sandglass is 'yes'; legal: 'none', 'added', 'replaced'"):
         DartsCell(sandglass="yes")  # type: ignore[arg-type]
+    with pytest.raises(InvalidInputError, match="legal: 'none', 'added', 'replaced'"):
+        DartsCell(sandglass=["none"])  # type: ignore[arg-type]
     with pytest.raises(InvalidInputError, match="channels is 7; legal: an even number"):
         DartsCell(channels=7)
 

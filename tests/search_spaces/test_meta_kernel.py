@@ -75,7 +75,10 @@ def test_depth_is_offered_where_there_is_a_shortcut() -> None:
 def test_parts_have_choices_of_their_own_and_interact() -> None:
     space = MetaKernel.small(parts=2, kernels=("conv_3x3", "identity"))
     assert list(space.choices)[:3] == ["layer00/kernel/part0", "layer00/kernel/part1", "layer00/expansion"]
-    assert space.interactions()[0] == ("layer00/kernel/part0", "layer00/kernel/part1", "layer00/expansion")
+    assert space.interactions()[:2] == [
+        ("layer00/kernel/part0", "layer00/expansion"),
+        ("layer00/kernel/part1", "layer00/expansion"),
+    ]
     # Layer 2 halves the image.
     assert space.choices["layer02/kernel/part1"] == ("conv_3x3",)
     assert space.choices["layer03/kernel/part1"] == ("conv_3x3", "identity")
@@ -302,6 +305,15 @@ def test_keep_and_partial_are_checked() -> None:
         ({"stages": ((8, 0, 1),)}, InvalidInputError, r"legal: \(channels, layers, stride\)"),
         ({"parts": 3}, InvalidInputError, "does not divide the 8 channels that layer00 gets"),
         ({"parts": 0}, InvalidInputError, "an integer from 1 up"),
+        ({"stages": 5}, InvalidInputError, "stages is 5; legal: a tuple or list"),
+        ({"stages": (5,)}, InvalidInputError, "a stage is 5; legal: a tuple or list"),
+        ({"stages": ((8.5, 1, 1),)}, InvalidInputError, "integers from 1 up"),
+        ({"expansions": 6}, InvalidInputError, "expansions is 6; legal: a tuple or list"),
+        ({"expansions": ("3",)}, InvalidInputError, "expansions integers rising from 2 up"),
+        ({"expansions": (2.5,)}, InvalidInputError, "expansions integers rising from 2 up"),
+        ({"kernels": (3, 5)}, InvalidInputError, r"kernels is \(3, 5\); legal: one or more different names"),
+        ({"kernels": "conv_3x3"}, InvalidInputError, "kernels is 'conv_3x3'; legal: a tuple or list"),
+        ({"skip": 3}, InvalidInputError, "skip is 3; legal: True, False"),
         ({"stem_stride": 4}, InvalidInputError, "stem_stride is 4"),
         ({"weight_sharing": "both"}, InvalidInputError, "legal: 'separate', 'shared'"),
     ],
@@ -319,5 +331,5 @@ def test_sketch_shows_the_layers_that_are_there() -> None:
     assert isinstance(stages, Stages)
     assert [block.name for block in stages.blocks] == ["stem", "first", "layer00", "layer02", "layer03", "head"]
     assert stages.blocks[2].lines == ("conv_3x3", "expansion 6")
-    assert stages.blocks[3].lines == ("conv_3x3", "conv_5x5", "expansion 6")
+    assert stages.blocks[3].lines == ("conv_3x3 | conv_5x5", "expansion 6")
     assert (stages.blocks[3].channels, stages.blocks[3].stride) == (16, 2)

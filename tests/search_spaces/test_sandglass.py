@@ -206,6 +206,12 @@ def test_description_restores_the_space() -> None:
         ({"stem_stride": 4}, "stem_stride is 4; legal: 1, 2"),
         ({"dropout": 1.0}, "dropout 1.0; legal.*below 1"),
         ({"width_multiplier": 0.0}, "width_multiplier is 0.0"),
+        ({"stages": 5}, "stages is 5; legal: a tuple or list"),
+        ({"kernels": 3}, "kernels is 3; legal: a tuple or list"),
+        ({"kernels": ("3",)}, "kernels is .*legal: one or more numbers"),
+        ({"kernels": (3.0,)}, "kernels is .*legal: odd integers"),
+        ({"widths": ("1",)}, "widths is .*legal: one or more numbers"),
+        ({"dropout": "a"}, "dropout 'a'; legal"),
     ],
 )
 def test_bad_parameters_say_what_is_legal(arguments: dict[str, Any], message: str) -> None:
@@ -218,8 +224,11 @@ def test_bad_parameters_say_what_is_legal(arguments: dict[str, Any], message: st
     [
         ((16, 3, (2,)), "stride 3; legal"),
         ((0, 1, (2,)), "channels is 0"),
-        ((16, 1, (1, 2)), r"depths is \(1, 2\); legal: \(1,\), or different numbers from 2 up"),
+        ((16, 1, (1, 2)), r"depths is \(1, 2\); legal: \(1,\), or different integers from 2 up"),
         ((16, 1, ()), r"depths is \(\)"),
+        ((16, 1, 2), "depths is 2; legal: a tuple or list"),
+        ((16.5, 1, (2,)), "channels is 16.5"),
+        ((16, 1, (2.5, 3)), r"depths is \(2.5, 3\); legal"),
         ((16, 1, (2,), (1, 2)), r"reductions is \(1, 2\); legal: different integers from 2 up"),
     ],
 )
@@ -267,9 +276,9 @@ def test_sketch() -> None:
     genes = with_genes(TINY, block="sandglass_id0.5", width=1.0, depth=3).genes
     blocks = sketch_blocks(TINY, TINY.architecture({**genes, "stage2/block": "inverted_residual"}))
     assert [block.name for block in blocks] == ["stem", "stage 1", "stage 2", "classifier"]
-    assert blocks[1].lines == ("sandglass", "kernel 3x3", "reduction 2", "identity 0.5")
+    assert blocks[1].lines == ("sandglass", "kernel 3x3", "reduction 2", "identity 0.5", "width 1")
     assert (blocks[1].channels, blocks[1].repeats, blocks[1].stride) == (16, 3, 1)
-    assert blocks[2].lines == ("inverted residual", "kernel 3x3", "expansion 2")
+    assert blocks[2].lines == ("inverted residual", "kernel 3x3", "expansion 2", "width 1")
     assert (blocks[2].channels, blocks[2].repeats, blocks[2].stride) == (32, 1, 2)
 
 

@@ -262,6 +262,6 @@ def test_a_resource_pulls_towards_the_cheap_options():
         expected = [report.metrics["expected_latency_ms"] for report in reports]
         assert weight == 0.0 or expected[-1] < 0.95 * expected[0]
     everything = [metric.cost(architecture) for architecture in space.enumerate()]
-    assert costs[10.0] == min(everything)
+    assert costs[10.0] == pytest.approx(min(everything))
     with pytest.raises(InvalidInputError, match="table is of"):
         explore(replace(explorer, resource=Resource(metric, 1.0)), Experts(), task, RecordingContext())

@@ -15,7 +15,7 @@ from strategies.greedy_growth import GreedyGrowth
 class TestGreedyGrowthContract(StrategyContract):
     @pytest.fixture
     def strategy(self):
-        return GreedyGrowth(cost=None)
+        return GreedyGrowth(budget=0.5, cost=None)
 
 
 class TestGainPerCostContract(StrategyContract):
@@ -102,7 +102,7 @@ def bumpy(a, b, c):
 def test_takes_the_best_gain_per_cost_until_none_gains(in_flight):
     passed = by_hand(bumpy, "ops")
     assert len(passed) > 5
-    run = drive(GreedyGrowth(), landscape(bumpy), 200, in_flight=in_flight)
+    run = drive(GreedyGrowth(budget=0.5), landscape(bumpy), 200, in_flight=in_flight)
     trials = run.history.trials
     # Each network that growth passed through, and all its moves, once; then the last in full.
     wanted = {SPACE.at(*at).id for at in passed}
@@ -123,7 +123,7 @@ def test_cost_decides_between_gains():
         return {"value": 1.0 * a + 2.0 * b, "ops": 1 + a + 4 * b}
 
     # a gains half of what b gains, for a quarter of the cost.
-    one = GreedyGrowth(rounds=1)
+    one = GreedyGrowth(budget=0.5, rounds=1)
     assert ends(drive(one, landscape(score), 50)) == [(1, 0, 0)]
     assert ends(drive(replace(one, cost=None), landscape(score), 50)) == [(0, 1, 0)]
 
@@ -132,22 +132,25 @@ def test_a_gain_that_costs_nothing_beats_all_others_and_the_greatest_of_those_wi
     def score(a, b, c):
         return {"value": 5 * a + 0.1 * b + 0.2 * c, "ops": 10 + a - b - 0 * c}
 
-    assert ends(drive(GreedyGrowth(rounds=1), landscape(score), 50)) == [(0, 0, 1)]
+    assert ends(drive(GreedyGrowth(budget=0.5, rounds=1), landscape(score), 50)) == [(0, 0, 1)]
 
 
 def test_ties_go_to_the_first():
-    run = drive(GreedyGrowth(rounds=1), landscape(lambda *x: {"value": sum(x), "ops": 1 + sum(x)}), 50, in_flight=4)
+    run = drive(
+        GreedyGrowth(budget=0.5, rounds=1), landscape(lambda *x: {"value": sum(x), "ops": 1 + sum(x)}), 50, in_flight=4
+    )
     assert ends(run) == [(1, 0, 0)]
 
 
 def test_minimised_objective():
-    run = drive(GreedyGrowth(cost=None), landscape(lambda a, b, c: {"loss": (a - 2) ** 2 + b}, minimise("loss")), 50)
+    hills = landscape(lambda a, b, c: {"loss": (a - 2) ** 2 + b}, minimise("loss"))
+    run = drive(GreedyGrowth(cost=None, budget=0.5), hills, 50)
     assert ends(run) == [(2, 0, 0)]
 
 
 def test_waits_for_the_round_to_end():
     history = landscape(bumpy).history()
-    strategy = GreedyGrowth()
+    strategy = GreedyGrowth(budget=0.5)
     started = []
     while (proposal := strategy.propose(history, None)) is not None:
         started.append(proposal)
@@ -177,7 +180,7 @@ def test_another_training_of_a_network_judges_nothing():
     full = GreedyGrowth(budget=1.0, rounds=1)
     run = drive(full, landscape(bumpy), 200)
     before = len(run.history)
-    drive(GreedyGrowth(rounds=1), landscape(bumpy), 200, run=run)
+    drive(GreedyGrowth(budget=0.5, rounds=1), landscape(bumpy), 200, run=run)
     assert [t.proposal.budget for t in run.history.trials[before:]] == [0.5] * 4
 
 
@@ -186,7 +189,7 @@ def test_a_network_that_breaks_a_limit_is_never_kept(constraint):
     def score(a, b, c):
         return {"value": a + b + c, "ops": 1 + a + b + c, "late": 1 + a + b + c}
 
-    run = drive(GreedyGrowth(), landscape(score, constraints=[constraint]), 200, cheap=("ops",))
+    run = drive(GreedyGrowth(budget=0.5), landscape(score, constraints=[constraint]), 200, cheap=("ops",))
     assert ends(run) == [(3, 0, 0)]
 
 
@@ -196,31 +199,63 @@ def test_failed_moves_are_never_kept_and_a_failed_start_is_grown_out_of():
             raise CandidateError("as asked")
         return {"value": a + b + 10 * c, "ops": 1 + a + b}
 
-    run = drive(GreedyGrowth(rounds=2), landscape(score), 200)
+    run = drive(GreedyGrowth(budget=0.5, rounds=2), landscape(score), 200)
     assert ends(run) == [(2, 0, 0)]
     # Where nothing works there is nothing to train in full.
-    run = drive(GreedyGrowth(), landscape(bumpy), 200, fails=lambda number: True)
+    run = drive(GreedyGrowth(budget=0.5), landscape(bumpy), 200, fails=lambda number: True)
     assert len(run.history) == 4
 
 
 def test_start():
     given = SPACE.at(1, 1, 1)
-    run = drive(GreedyGrowth(start=given, rounds=0), landscape(bumpy), 10)
+    run = drive(GreedyGrowth(budget=0.5, start=given, rounds=0), landscape(bumpy), 10)
     assert [(levels(trial), trial.proposal.budget) for trial in run.history.trials] == [((1, 1, 1), 1.0)]
     with pytest.raises(InvalidInputError, match="start is an architecture of Levels"):
-        drive(GreedyGrowth(start=Levels(2, 2).architecture({"x0": 0, "x1": 0})), landscape(bumpy), 10)
+        drive(GreedyGrowth(budget=0.5, start=Levels(2, 2).architecture({"x0": 0, "x1": 0})), landscape(bumpy), 10)
     # Levels has no start of its own: one is drawn, once.
-    run = drive(GreedyGrowth(cost=None), one_max(length=5), 300)
+    run = drive(GreedyGrowth(budget=0.5, cost=None), one_max(length=5), 300)
     assert [trial.number for trial in run.history.trials if trial.proposal.notes.get("start")] == [0]
     assert run.history.trials[-1].metrics == {"value": 1.0}
 
 
 def test_says_which_metrics_can_be_a_cost():
     with pytest.raises(InvalidInputError, match=r"cost is 'params', which trial 0 does not have; legal: None, ops"):
-        drive(GreedyGrowth(cost="params"), landscape(bumpy), 10)
+        drive(GreedyGrowth(budget=0.5, cost="params"), landscape(bumpy), 10)
 
 
-@pytest.mark.parametrize("arguments", [{"budget": -0.1}, {"budget": 1.5}, {"budget": float("nan")}, {"rounds": -1}])
+def test_says_so_before_a_round_is_trained():
+    history = landscape(bumpy).history()
+    strategy = GreedyGrowth(budget=0.5, cost="params")
+    history.start(_trial(history, strategy.propose(history, None)))
+    history.finish(0, state="complete", metrics=bumpy(0, 0, 0))
+    with pytest.raises(InvalidInputError, match="trial 0 does not have"):
+        strategy.propose(history, None)
+
+
+def test_an_attribute_start_that_is_no_method_is_left_alone():
+    class Numbered(Levels):
+        start = 3
+
+    run = drive(
+        GreedyGrowth(budget=0.5, cost=None), Landscape(Numbered(3, 2), lambda a: {"value": sum(a.genes.values())}), 50
+    )
+    assert run.history.trials[0].proposal.notes["start"]
+    assert run.history.trials[-1].metrics == {"value": 3}
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"budget": -0.1},
+        {"budget": 1.5},
+        {"budget": float("nan")},
+        {"budget": "a"},
+        {"rounds": -1},
+        {"rounds": 1.5},
+        {"start": 5},
+        {"cost": 5},
+    ],
+)
 def test_refuses(arguments):
     with pytest.raises(InvalidInputError):
         GreedyGrowth(**arguments)
