@@ -15,6 +15,7 @@ from typing import Any, Literal, TypeAlias
 from torch import Tensor, nn
 
 from nasplat.architecture import Architecture
+from nasplat.checks import is_whole
 from nasplat.drawing import Graph, Sketch
 from nasplat.errors import InvalidInputError
 from nasplat.nn.cell import KINDS, NODES, AuxiliaryHead, Cell, MixedCell, Mixture, Use, mix
@@ -71,7 +72,7 @@ class CellSpace(SearchSpace):
 
     def _check_count(self, name: str) -> None:
         value = getattr(self, name)
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        if not is_whole(value):
             raise InvalidInputError(f"{self.name}: {name} is {value!r}; legal: an integer from 1 up")
 
     # What a subclass owes.

@@ -16,6 +16,7 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from nasplat.architecture import Architecture
+from nasplat.checks import is_whole
 from nasplat.errors import InvalidInputError, JournalError
 from nasplat.strategy import (
     FINAL,
@@ -96,7 +97,7 @@ def check_whole(name: str, value: object, least: int) -> None:
     Raises:
         InvalidInputError: The message says what was given and what is legal.
     """
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+    if not is_whole(value, least):
         raise InvalidInputError(f"{name} is {value!r}; a whole number from {least} on is needed")
 
 
