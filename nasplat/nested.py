@@ -1,0 +1,133 @@
+"""A strategy inside another: the trials that concern the inner one, as a history of its own.
+
+One-shot search lets any strategy look for paths of a trained supernet; Hyperband lets any strategy draw its newcomers;
+a zero-cost score is searched before anything is trained. The inner strategy needs to know nothing of this: it sees a
+history of full evaluations numbered from 0, with its own notes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
+from weakref import WeakKeyDictionary
+
+import numpy as np
+
+from nasplat.errors import InvalidInputError
+from nasplat.objectives import Objective
+from nasplat.strategy import Evaluate, History, Strategy, Trial
+
+BY = "by"
+"""The note that names the inner search a trial was proposed by."""
+
+NOTES = "inner"
+"""The note that holds the inner strategy's own notes."""
+
+Belongs: TypeAlias = Callable[[Trial], bool]
+"""Whether a trial is part of an inner search: a matter of its proposal alone, so that it never changes."""
+
+
+def proposed_by(name: str) -> Belongs:
+    """Trials that :func:`propose` made under this name."""
+    return lambda trial: trial.proposal.notes.get(BY) == name
+
+
+def nested(
+    history: History, name: str, *, objectives: Sequence[Objective] | None = None, belongs: Belongs | None = None
+) -> History:
+    """The history of an inner search.
+
+    Each trial is shown as a full evaluation from scratch, since that is what it is for the inner search, whatever its
+    budget or the weights that it goes on from. Trials keep their order, of starting and of ending.
+
+    Args:
+        history: Of the whole study.
+        name: Of the inner search. One history must not know two inner searches by one name.
+        objectives: What the inner search looks for; None takes the study's. Limits are the study's.
+        belongs: Which trials; None takes those that :func:`propose` made under this name.
+
+    Returns:
+        Not to be changed. It is the same object for every call, and follows the outer history.
+    """
+    parts = _PARTS.setdefault(history, {})
+    wanted = tuple(objectives or history.objectives)
+    part = parts.get(name)
+    if part is None or part.history.objectives != wanted:
+        part = parts[name] = _Part(History(history.space, wanted, history.constraints))
+    part.follow(history, belongs or proposed_by(name))
+    return part.history
+
+
+def propose(
+    strategy: Strategy,
+    history: History,
+    rng: np.random.Generator,
+    name: str,
+    *,
+    objectives: Sequence[Objective] | None = None,
+    belongs: Belongs | None = None,
+    budget: float = 1.0,
+    weights_of: int | None = None,
+    **changes: Any,
+) -> Evaluate | None:
+    """What the inner strategy proposes, as a proposal of the outer one.
+
+    Args:
+        strategy: The inner one.
+        history: Of the whole study.
+        rng: The only source of randomness.
+        name: Of the inner search.
+        objectives: As in :func:`nested`.
+        belongs: As in :func:`nested`.
+        budget: Of the proposal; the inner strategy's own is not looked at.
+        weights_of: Of the proposal.
+        changes: Further fields of the proposal.
+
+    Raises:
+        InvalidInputError: The inner strategy proposes something other than an evaluation.
+    """
+    inner = strategy.propose(nested(history, name, objectives=objectives, belongs=belongs), rng)
+    if inner is None:
+        return None
+    if not isinstance(inner, Evaluate):
+        raise InvalidInputError(f"{strategy!r} proposes an exploration; inside another strategy it must evaluate")
+    notes: dict[str, Any] = {BY: name}
+    if inner.notes:
+        notes[NOTES] = dict(inner.notes)
+    return Evaluate(inner.architecture, budget, weights_of, notes, **changes)
+
+
+class _Part:
+    """A part of a history, brought up to date step by step."""
+
+    def __init__(self, history: History) -> None:
+        self.history = history
+        self._seen = 0
+        self._ended = 0
+        self._numbers: dict[int, int] = {}
+
+    def follow(self, whole: History, belongs: Belongs) -> None:
+        for trial in whole.trials[self._seen :]:
+            if belongs(trial) and trial.architecture is not None:
+                number = self._numbers[trial.number] = len(self.history)
+                notes = trial.proposal.notes.get(NOTES, {})
+                self.history.start(Trial(number, Evaluate(trial.architecture, notes=notes), started=trial.started))
+        self._seen = len(whole)
+        for trial in whole.finished()[self._ended :]:
+            number = self._numbers.get(trial.number, -1)
+            if number >= 0:
+                self.history.finish(
+                    number,
+                    state=trial.state,
+                    metrics=trial.metrics,
+                    reports=trial.reports,
+                    reason=trial.reason,
+                    traceback=trial.traceback,
+                    copy_of=None if trial.copy_of is None else self._numbers.get(trial.copy_of),
+                    facts=trial.facts,
+                    finished=trial.finished,
+                )
+            self._ended += 1
+
+
+_PARTS: WeakKeyDictionary[History, dict[str, _Part]] = WeakKeyDictionary()
