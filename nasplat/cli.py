@@ -303,7 +303,7 @@ def search(
 
     By gradient, in a supernet:
 
-        nasplat search --space bats --strategy one_shot -p explorer=darts:bats
+        nasplat search --space bats --strategy one_shot -p explorer=bats_search
             -p explorer.epochs=5 -p explorer.warmup=2
             --task fashion-mnist -t size=16 --trials 2 --folder runs/c
     """
@@ -427,6 +427,76 @@ def _show(result: Result, limit: int) -> None:
     typer.echo(f"\n{report.leaderboard(result, limit)}")
     if len(result.history.objectives) > 1 and result.history.front():
         typer.echo(f"\nPareto front\n\n{report.front(result)}")
+
+
+@app.command()
+def compare(
+    folders: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="DIR...", help="Folders of studies, or folders that studies lie in.", show_default=False
+        ),
+    ],
+    trials: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            min=1,
+            help="Evaluations of each study that count. Default: as many as all have.",
+            show_default=False,
+        ),
+    ] = None,
+    hours: Annotated[
+        float | None, typer.Option(metavar="H", help="Hours of searching that count, instead.", show_default=False)
+    ] = None,
+    train_seconds: Annotated[
+        float | None, typer.Option(metavar="S", help="Seconds of training that count, instead.", show_default=False)
+    ] = None,
+    baseline: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Arm that the others are held against. Default: random search."),
+    ] = None,
+    metric: Annotated[
+        str | None,
+        typer.Option(
+            "--report",
+            metavar="METRIC",
+            help="Of the picks, besides: test_accuracy, or max:METRIC.",
+            show_default=False,
+        ),
+    ] = None,
+    alpha: Annotated[float, typer.Option(metavar="A", help="Chance of a false difference over all tests.")] = 0.05,
+    to: Annotated[
+        Path | None,
+        typer.Option(metavar="OUT", help="Folder for tables (CSV), figure and text as well.", show_default=False),
+    ] = None,
+) -> None:
+    """Compare strategies over studies that were run: what each found within equal cost, tests, a verdict in words.
+
+    Studies of one strategy with different seeds are one arm; arms are paired by seed. Studies must agree in space,
+    task, objectives and constraints. Without a study of random search, nothing is said against it.
+
+    The studies of three strategies, ten seeds each:
+
+        nasplat compare runs/random-* runs/evolution-* runs/tpe-*
+    """
+    from nasplat.compare import existing
+    from nasplat.compare.budget import Budget, charged, evaluations
+    from nasplat.compare.budget import hours as hours_of
+
+    budgets: list[Budget] = []
+    budgets += [evaluations(trials)] if trials is not None else []
+    budgets += [hours_of(hours)] if hours is not None else []
+    budgets += [charged(train_seconds, "train_seconds")] if train_seconds is not None else []
+    wanted = _objective(metric) if metric is not None and ":" in metric else metric
+    if len(budgets) > 1:
+        raise typer.BadParameter("--trials, --hours and --train-seconds are one budget; give one of them")
+    comparison = existing.compare_folders(
+        folders, budget=budgets[0] if budgets else None, baseline=baseline, report=wanted, alpha=alpha
+    )
+    typer.echo(str(comparison))
+    if to is not None:
+        typer.echo(f"\nTables, figure and text: {comparison.save(to)}")
 
 
 @app.command()
@@ -604,7 +674,10 @@ def _values(given: Mapping[str, str], legal: Mapping[str, Any], what: str) -> di
 
 
 def _group(annotation: Any) -> str | None:
-    """The plug-in group of a parameter's type; None where it is a plain value."""
+    """The plug-in group of a parameter's type, optional or not; None where it is a plain value."""
+    if typing.get_origin(annotation) in (Union, types.UnionType):
+        kinds = [kind for kind in typing.get_args(annotation) if kind is not type(None)]
+        return _group(kinds[0]) if len(kinds) == 1 else None
     return PLUGIN_ANNOTATIONS.get(getattr(annotation, "__name__", str(annotation)))
 
 
@@ -655,6 +728,8 @@ def _fit(value: Any, text: str, annotation: Any) -> Any:
         return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else _BAD
     if annotation is str:
         return value if isinstance(value, str) else text
+    if annotation is Objective:
+        return _objective(text) if re.fullmatch(r"(max|min):[^,]+", text) else _BAD
     plain = origin or annotation
     if plain is tuple or plain is list or plain is Sequence:
         items = value if isinstance(value, list) else text.split(",")

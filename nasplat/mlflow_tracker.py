@@ -24,7 +24,7 @@ import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Iterator, Mapping, Set
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,9 @@ MAX_PARAMETER = 6000
 
 MAX_TAG = 5000
 """Longest tag value that every MLflow server since 2.0 stores, in characters."""
+
+MAX_BATCH = 1000
+"""Most metrics that MLflow takes in one call."""
 
 REACH_S = 5.0
 """How long a server may take to show that it is there, in seconds. Its other calls keep MLflow's own time limits."""
@@ -180,6 +183,69 @@ class MlflowTracker:
         else:
             lines.append(f'open it with: mlflow ui --backend-store-uri "{shown}"')
         return "\n".join(lines)
+
+    # A comparison of studies.
+
+    def record_comparison(
+        self,
+        *,
+        id: str,
+        folder: Path,
+        files: Sequence[Path],
+        parameters: Mapping[str, str],
+        metrics: Mapping[str, float],
+        tags: Mapping[str, str],
+        studies: Sequence[str],
+    ) -> str:
+        """Record a comparison of several studies as one run; recorded again, it is written anew.
+
+        Args:
+            id: By which it is known: letters, digits, ``_`` and ``-``.
+            folder: Where it was saved; its record is that of the studies in the folder.
+            files: Put with the run.
+            parameters: What was compared.
+            metrics: Finite numbers, by name.
+            tags: Get the prefix ``nasplat.``.
+            studies: Ids of the studies. Those of them that this record has get a tag
+                ``nasplat.comparison.<first 8 of id>`` with the id of the comparison's run.
+
+        Returns:
+            The id of the run, which has the tag ``nasplat.comparison``.
+
+        Raises:
+            InvalidInputError: An id has other characters.
+            NasplatError: The server is away, the file cannot be written, or the experiment was deleted.
+        """
+        from mlflow.entities import Metric, Param, RunTag
+
+        for known in (id, *studies):
+            if not re.fullmatch(r"[\w\-]+", known):  # it goes into a filter
+                raise InvalidInputError(f"an id consists of letters, digits, '_' and '-'; got {known!r}")
+        uri, artifacts = self.location(folder / "comparison")
+        with _quiet():
+            _reach(uri)
+            client = self._connect(uri)
+            experiment_id = self._experiment_id(client, artifacts)
+            for old in client.search_runs([experiment_id], f"tags.`nasplat.comparison` = '{id}'"):
+                client.delete_run(old.info.run_id)
+            every = {**tags, "studies": ", ".join(studies), "folder": str(folder), "comparison": id}
+            run = client.create_run(experiment_id, tags=_prefixed("nasplat.", every), run_name=folder.name)
+            run_id, now_ms = str(run.info.run_id), _now_ms()
+            points = [Metric(_key(name), _finite(value), now_ms, 0) for name, value in metrics.items()]
+            for first in range(0, len(points), MAX_BATCH):
+                client.log_batch(run_id, metrics=points[first : first + MAX_BATCH])
+            client.log_batch(
+                run_id, params=[Param(_key(name), _cut(value, MAX_PARAMETER)) for name, value in parameters.items()]
+            )
+            for path in files:
+                client.log_artifact(run_id, str(path))
+            for study in studies:
+                # Only a study's own run has its folder; those of its trials have not.
+                parents = f"tags.`nasplat.study` = '{study}' and tags.`nasplat.folder` LIKE '%'"
+                for parent in client.search_runs([experiment_id], parents):
+                    client.log_batch(parent.info.run_id, tags=[RunTag(f"nasplat.comparison.{id[:8]}", run_id)])
+            _terminate(client, run_id, "FINISHED", _now_ms())
+        return run_id
 
     # Where things are.
 
@@ -425,7 +491,11 @@ def _parameters(trial: Trial) -> dict[str, str]:
     proposal = trial.proposal
     if isinstance(proposal, Evaluate):
         values: dict[str, Any] = dict(proposal.architecture.genes)
-        extra: dict[str, Any] = {"budget": proposal.budget, "weights_of": proposal.weights_of}
+        extra: dict[str, Any] = {
+            "budget": proposal.budget,
+            "weights_of": proposal.weights_of,
+            "recalibrate": proposal.recalibrate or None,
+        }
     else:
         values = _explorer(proposal.explorer)
         extra = {}

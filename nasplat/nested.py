@@ -7,14 +7,14 @@ history of full evaluations numbered from 0, with its own notes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 from weakref import WeakKeyDictionary
 
 import numpy as np
 
 from nasplat.errors import InvalidInputError
-from nasplat.objectives import Objective
+from nasplat.objectives import Constraint, Objective
 from nasplat.strategy import Evaluate, History, Strategy, Trial
 
 BY = "by"
@@ -33,27 +33,37 @@ def proposed_by(name: str) -> Belongs:
 
 
 def nested(
-    history: History, name: str, *, objectives: Sequence[Objective] | None = None, belongs: Belongs | None = None
+    history: History,
+    name: str,
+    *,
+    objectives: Sequence[Objective] | None = None,
+    constraints: Sequence[Constraint] | None = None,
+    belongs: Belongs | None = None,
 ) -> History:
     """The history of an inner search.
 
     Each trial is shown as a full evaluation from scratch, since that is what it is for the inner search, whatever its
-    budget or the weights that it goes on from. Trials keep their order, of starting and of ending.
+    budget or the weights that it goes on from. Trials keep their order, of starting and of ending. Their notes are
+    those of the inner strategy, where it is the one that proposed them. Reports of running trials are not shown.
 
     Args:
         history: Of the whole study.
         name: Of the inner search. One history must not know two inner searches by one name.
-        objectives: What the inner search looks for; None takes the study's. Limits are the study's.
+        objectives: What the inner search looks for; None takes the study's.
+        constraints: Its limits; None takes the study's. A limit on what its trials are never measured on would make
+            all of them infeasible.
         belongs: Which trials; None takes those that :func:`propose` made under this name.
 
     Returns:
-        Not to be changed. It is the same object for every call, and follows the outer history.
+        Not to be changed. It is the same object for every call, as long as objectives and constraints are, and follows
+        the outer history.
     """
     parts = _PARTS.setdefault(history, {})
     wanted = tuple(objectives or history.objectives)
     part = parts.get(name)
-    if part is None or part.history.objectives != wanted:
-        part = parts[name] = _Part(History(history.space, wanted, history.constraints))
+    limits = history.constraints if constraints is None else tuple(constraints)
+    if part is None or (part.history.objectives, part.history.constraints) != (wanted, limits):
+        part = parts[name] = _Part(name, History(history.space, wanted, limits))
     part.follow(history, belongs or proposed_by(name))
     return part.history
 
@@ -65,9 +75,11 @@ def propose(
     name: str,
     *,
     objectives: Sequence[Objective] | None = None,
+    constraints: Sequence[Constraint] | None = None,
     belongs: Belongs | None = None,
     budget: float = 1.0,
     weights_of: int | None = None,
+    notes: Mapping[str, Any] | None = None,
     **changes: Any,
 ) -> Evaluate | None:
     """What the inner strategy proposes, as a proposal of the outer one.
@@ -78,29 +90,34 @@ def propose(
         rng: The only source of randomness.
         name: Of the inner search.
         objectives: As in :func:`nested`.
+        constraints: As in :func:`nested`.
         belongs: As in :func:`nested`.
         budget: Of the proposal; the inner strategy's own is not looked at.
         weights_of: Of the proposal.
+        notes: The outer strategy's own marks on the proposal, under names other than ``by`` and ``inner``.
         changes: Further fields of the proposal.
 
     Raises:
         InvalidInputError: The inner strategy proposes something other than an evaluation.
     """
-    inner = strategy.propose(nested(history, name, objectives=objectives, belongs=belongs), rng)
+    inner = strategy.propose(
+        nested(history, name, objectives=objectives, constraints=constraints, belongs=belongs), rng
+    )
     if inner is None:
         return None
     if not isinstance(inner, Evaluate):
         raise InvalidInputError(f"{strategy!r} proposes an exploration; inside another strategy it must evaluate")
-    notes: dict[str, Any] = {BY: name}
+    marks: dict[str, Any] = {**(notes or {}), BY: name}
     if inner.notes:
-        notes[NOTES] = dict(inner.notes)
-    return Evaluate(inner.architecture, budget, weights_of, notes, **changes)
+        marks[NOTES] = dict(inner.notes)
+    return Evaluate(inner.architecture, budget, weights_of, marks, **changes)
 
 
 class _Part:
     """A part of a history, brought up to date step by step."""
 
-    def __init__(self, history: History) -> None:
+    def __init__(self, name: str, history: History) -> None:
+        self.name = name
         self.history = history
         self._seen = 0
         self._ended = 0
@@ -110,10 +127,13 @@ class _Part:
         for trial in whole.trials[self._seen :]:
             if belongs(trial) and trial.architecture is not None:
                 number = self._numbers[trial.number] = len(self.history)
-                notes = trial.proposal.notes.get(NOTES, {})
+                # Notes of another inner search count the trials otherwise.
+                own = trial.proposal.notes.get(BY) == self.name
+                notes = trial.proposal.notes.get(NOTES, {}) if own else {}
                 self.history.start(Trial(number, Evaluate(trial.architecture, notes=notes), started=trial.started))
         self._seen = len(whole)
-        for trial in whole.finished()[self._ended :]:
+        ended = len(whole) - len(whole.running)
+        for trial in whole.finished(last=ended - self._ended):
             number = self._numbers.get(trial.number, -1)
             if number >= 0:
                 self.history.finish(
@@ -127,7 +147,7 @@ class _Part:
                     facts=trial.facts,
                     finished=trial.finished,
                 )
-            self._ended += 1
+        self._ended = ended
 
 
 _PARTS: WeakKeyDictionary[History, dict[str, _Part]] = WeakKeyDictionary()

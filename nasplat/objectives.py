@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -99,3 +100,154 @@ def front(losses: Sequence[Sequence[float]]) -> list[int]:
         if not (no_worse & better).any():
             kept.append(index)
     return kept
+
+
+def constrained_dominates(
+    a: Sequence[float], b: Sequence[float], violation_a: float = 0.0, violation_b: float = 0.0
+) -> bool:
+    """Whether ``a`` beats ``b`` where there are hard limits (Deb et al. 2002, definition 1).
+
+    What keeps all limits beats what breaks one; of two that break some, the smaller violation beats the larger,
+    whatever the losses; of two that keep all, the one that dominates beats the other.
+
+    Args:
+        a: Losses, smaller is better. Not looked at where a limit is broken.
+        b: As ``a``.
+        violation_a: At least 0; 0 is feasible.
+        violation_b: As ``violation_a``.
+    """
+    if violation_a > 0 or violation_b > 0:
+        return violation_a < violation_b
+    return dominates(a, b)
+
+
+def ranks(losses: Sequence[Sequence[float]], violations: Sequence[float] | None = None) -> list[int]:
+    """Non-dominated rank of each row, in the order given: 0 is the front, 1 the front of what is left, and so on.
+
+    With violations, dominance is that of :func:`constrained_dominates`: all feasible rows come before all others, and
+    those are ranked by their violation.
+
+    The fronts are those of the fast non-dominated sort (Deb et al. 2002, section III-A), found by binary search for
+    the first front that does not dominate a row, rows taken in lexicographic order (Zhang et al. 2015, ENS-BS).
+
+    Args:
+        losses: ``(n, objectives)``, smaller is better. Equal rows have the same rank. Rows that break a limit are not
+            looked at and may be of any length.
+        violations: ``(n,)``, 0 is feasible; None is all feasible.
+
+    Raises:
+        InvalidInputError: There is not one violation for each row.
+    """
+    broken = [0.0] * len(losses) if violations is None else list(violations)
+    if len(broken) != len(losses):
+        raise InvalidInputError(f"there are {len(broken)} violations for {len(losses)} rows of losses")
+    found = [0] * len(losses)
+    feasible = [index for index, violation in enumerate(broken) if not violation > 0]
+    number = 0
+    if feasible:
+        table: NDArray[np.float64] = np.asarray([losses[index] for index in feasible], dtype=np.float64)
+        numbers = _feasible_ranks(table)
+        number = max(numbers) + 1
+        for index, rank in zip(feasible, numbers, strict=True):
+            found[index] = rank
+    levels = sorted({violation for violation in broken if violation > 0})
+    for index, violation in enumerate(broken):
+        if violation > 0:
+            found[index] = number + bisect_left(levels, violation)
+    return found
+
+
+def _feasible_ranks(table: NDArray[np.float64]) -> list[int]:
+    if table.shape[1] == 1:
+        inverse: list[int] = np.unique(table[:, 0], return_inverse=True)[1].tolist()
+        return inverse
+    fronts: list[list[int]] = []
+    found = [0] * len(table)
+    # In this order no row dominates an earlier one, and a front that dominates a row lies behind others that do.
+    for index in np.lexsort(table.T[::-1]).tolist():
+        row = table[index]
+
+        def free(members: list[int], row: NDArray[np.float64] = row) -> bool:
+            others = table[members]
+            return not ((others <= row).all(axis=1) & (others < row).any(axis=1)).any()
+
+        rank = bisect_left(fronts, True, key=free)
+        if rank == len(fronts):
+            fronts.append([])
+        fronts[rank].append(index)
+        found[index] = rank
+    return found
+
+
+def crowding(losses: Sequence[Sequence[float]]) -> list[float]:
+    """Crowding distance of each row among these, in the order given (Deb et al. 2002, section III-B).
+
+    Per objective the gap between a row's two neighbours, as a share of the objective's range, summed over the
+    objectives; infinite for the first and the last row of any objective. An objective in which all are equal tells
+    nothing and adds nothing, except where all rows are equal: those are at the boundary. Equal rows count as one and
+    share its distance (Fortin and Parizeau 2013), so that the result does not depend on the order of the rows.
+
+    Args:
+        losses: ``(n, objectives)``, finite; rows of one front.
+    """
+    if len(losses) < 3:
+        return [math.inf] * len(losses)
+    rows, inverse = np.unique(np.asarray(losses, dtype=np.float64), axis=0, return_inverse=True)
+    distance: NDArray[np.float64] = np.zeros(len(rows))
+    for column in rows.T:
+        # The rows are in lexicographic order, which settles ties in this objective.
+        order = np.argsort(column, kind="stable")
+        span = column[order[-1]] - column[order[0]]
+        if len(rows) > 1 and span == 0:
+            continue
+        distance[order[[0, -1]]] = np.inf
+        if len(rows) > 2:
+            distance[order[1:-1]] += (column[order[2:]] - column[order[:-2]]) / span
+    shared: list[float] = distance[inverse.reshape(-1)].tolist()
+    return shared
+
+
+def hypervolume(losses: Sequence[Sequence[float]], reference: Sequence[float]) -> float:
+    """The volume that losses dominate, up to a reference point: larger is better.
+
+    Exact, by slices along the last objective (While et al., IEEE Trans. Evol. Comput. 10, 2006). Meant for fronts of
+    up to some hundred points and a handful of objectives.
+
+    Args:
+        losses: ``(n, objectives)``, smaller is better. A point that is not below the reference in every objective
+            dominates nothing of it and adds nothing.
+        reference: ``(objectives,)``, the worst that still counts.
+
+    Returns:
+        At least 0, in the product of the objectives' units.
+
+    Raises:
+        InvalidInputError: Points and reference have different lengths, or the reference is not finite.
+    """
+    corner = np.asarray(reference, dtype=np.float64)
+    if corner.ndim != 1 or not corner.size or not np.isfinite(corner).all():
+        raise InvalidInputError(f"the reference is {reference!r}; one finite number an objective is needed")
+    if not len(losses):
+        return 0.0
+    table = np.asarray(losses, dtype=np.float64)
+    if table.ndim != 2 or table.shape[1] != len(corner):
+        raise InvalidInputError(f"losses have shape {table.shape}; (n, {len(corner)}) is needed, as the reference has")
+    return _volume(table[(table < corner).all(axis=1)], corner)
+
+
+def _volume(table: NDArray[np.float64], corner: NDArray[np.float64]) -> float:
+    if not len(table):
+        return 0.0
+    if len(corner) == 1:
+        return float(corner[0] - table.min())
+    table = table[np.lexsort(table.T)]  # by the last objective
+    depths = np.diff(np.append(table[:, -1], corner[-1]))
+    if len(corner) == 2:
+        widths = corner[0] - np.minimum.accumulate(table[:, 0])
+        return float(widths @ depths)
+    total = 0.0
+    for index, depth in enumerate(depths):
+        if depth > 0:
+            slab = table[: index + 1, :-1]
+            total += float(depth) * _volume(slab[front(slab.tolist())], corner[:-1])
+    return total

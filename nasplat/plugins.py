@@ -9,11 +9,12 @@ from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
-from nasplat import architecture, objectives, phases, task, teacher
-from nasplat.cost import counter, latency, resource, table
+from nasplat import architecture, joint_space, objectives, phases, ranges, task, teacher
+from nasplat.cost import counter, latency, resource, table, zero_cost
 from nasplat.data import sources
 from nasplat.errors import UnknownPluginError
 from nasplat.identity import type_name
+from nasplat.weight_sharing import bilevel, eigenvalue
 
 SPACES = "nasplat.search_spaces"
 STRATEGIES = "nasplat.strategies"
@@ -55,7 +56,10 @@ def load(group: str, name: str) -> Any:
 @cache
 def restorable() -> Mapping[str, Any]:
     """What a study's folder may name: nasplat's own dataclasses, and those of modules that hold a plug-in."""
-    modules: list[Any] = [architecture, objectives, task, phases, teacher, latency, counter, table, resource, sources]
+    modules: list[Any] = [architecture, objectives, task, phases, teacher, sources]
+    modules += [counter, latency, resource, table, zero_cost]
+    modules += [ranges, joint_space]
+    modules += [bilevel, eigenvalue]
     for group in GROUPS:
         for point in installed(group).values():
             point.load()

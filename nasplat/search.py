@@ -286,6 +286,7 @@ class Search:
             and isinstance(trial.proposal, Evaluate)
             and trial.proposal.weights_of is None
             and trial.proposal.budget == proposal.budget
+            and trial.proposal.recalibrate == proposal.recalibrate
             and (trial.state in ("complete", "running") or (trial.state == "infeasible" and self._refused(trial)))
             and trial.copy_of is None
         ]
@@ -421,7 +422,13 @@ class Search:
         if record["kind"] == "explore":
             return Explore(PastExplorer(record["explorer"]), notes)
         architecture = self.history.space.architecture(record["genes"])
-        return Evaluate(architecture, record["budget"], record.get("weights_of"), notes)
+        return Evaluate(
+            architecture,
+            record["budget"],
+            record.get("weights_of"),
+            notes,
+            recalibrate=record.get("recalibrate", 0),
+        )
 
 
 @dataclass(frozen=True)

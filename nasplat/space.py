@@ -20,9 +20,11 @@ import torch
 from torch import Tensor, nn
 
 from nasplat.architecture import Architecture
+from nasplat.checks import is_number
 from nasplat.drawing import Block, Picture, Sketch, Stages
 from nasplat.errors import ArchitectureError, InvalidInputError, UnsupportedError
 from nasplat.identity import canonical, describe
+from nasplat.ranges import Range
 
 Option: TypeAlias = str | int | float | bool
 """One option of a choice: a JSON scalar."""
@@ -85,8 +87,9 @@ class SearchSpace(ABC):
     @property
     @abstractmethod
     def choices(self) -> Mapping[str, Sequence[Option]]:
-        """The options of each choice, in an order that never changes.
+        """The options of each choice, in an order that never changes: a tuple, or a range of numbers.
 
+        A range (``nasplat.ranges``: ``Float(1e-4, 1e-1, log=True)``, ``Int(2, 12)``) is the sequence of its values.
         Names keep to letters, digits and ``_ - . /`` so that they can be MLflow keys.
         """
 
@@ -165,6 +168,42 @@ class SearchSpace(ABC):
         """
         return [(name,) for name in self._choices]
 
+    def extremes(self) -> tuple[Architecture, Architecture]:
+        """The smallest and the largest architecture, for trainings that bound all others by these two.
+
+        Default: the least and the greatest option of every choice, for spaces of numbers alone. A space where a greater
+        number does not mean a larger network, or where other options are ordered, overrides it.
+
+        Returns:
+            The architecture that takes the fewest operations, and the one that takes the most.
+
+        Raises:
+            UnsupportedError: A choice has options that are no numbers, or choices form groups, or ``is_valid`` refuses
+                one of the two.
+        """
+        for name, options in self._choices.items():
+            if any(isinstance(option, str) for option in options):
+                raise UnsupportedError(
+                    f"{self.name} does not say which architecture is the smallest and which the largest: {name} offers "
+                    f"{', '.join(map(repr, options))}, which have no order. SearchSpace.extremes can be overridden"
+                )
+        if self._groups:
+            raise UnsupportedError(f"{self.name} has groups of choices, and does not say what is smallest and largest")
+        found = []
+        for pick in (min, max):
+            genes = {name: pick(options) for name, options in self._choices.items()}
+            if not self.is_valid(genes):
+                raise UnsupportedError(f"{self.name}: is_valid refuses {genes}, so there is no {pick.__name__}imum")
+            found.append(Architecture(self.identity, genes))
+        return found[0], found[1]
+
+    def recipe(self, architecture: Architecture) -> Mapping[str, Any]:
+        """Fields of the task's recipe (``nasplat.task.Recipe``) that an architecture sets. Default: none.
+
+        The worker trains the network of the architecture with these in place of the task's own.
+        """
+        return {}
+
     def growth(self, architecture: Architecture) -> list[Architecture]:
         """The neighbours that a strategy which only grows networks may go on to. Default: all :meth:`neighbours`."""
         return self.neighbours(architecture)
@@ -203,8 +242,10 @@ class SearchSpace(ABC):
         return {"type": f"{type(self).__module__}:{type(self).__qualname__}", "fields": fields}
 
     @cached_property
-    def _choices(self) -> dict[str, tuple[Option, ...]]:
-        choices = {name: tuple(options) for name, options in self.choices.items()}
+    def _choices(self) -> dict[str, Sequence[Option]]:
+        choices: dict[str, Sequence[Option]] = {
+            name: options if isinstance(options, Range) else tuple(options) for name, options in self.choices.items()
+        }
         for name, options in choices.items():
             if not options or len(set(options)) != len(options):
                 raise InvalidInputError(f"choice {name!r} of {self.name} needs different options, got {options}")
@@ -220,6 +261,11 @@ class SearchSpace(ABC):
                     raise InvalidInputError(
                         f"group of {self.name}: {name!r} must be a choice that offers {group.off!r} and be in one group"
                     )
+                if isinstance(self._choices[name], Range):
+                    raise InvalidInputError(
+                        f"group of {self.name}: {name!r} is a range, {self._choices[name]!r}; a member of a group "
+                        f"lists its options, as a tuple that has {group.off!r}"
+                    )
                 seen.add(name)
             if not 0 < group.pick <= len(group.names):
                 raise InvalidInputError(f"group of {self.name}: pick {group.pick} of {len(group.names)} choices")
@@ -229,6 +275,10 @@ class SearchSpace(ABC):
     def _free(self) -> tuple[str, ...]:
         grouped = {name for group in self._groups for name in group.names}
         return tuple(name for name in self._choices if name not in grouped)
+
+    @cached_property
+    def _group_of(self) -> dict[str, Group]:
+        return {name: group for group in self._groups for name in group.names}
 
     def _on_options(self, name: str, group: Group) -> list[Option]:
         return [option for option in self._choices[name] if option != group.off]
@@ -252,6 +302,12 @@ class SearchSpace(ABC):
         exact: dict[str, Option] = {}
         for name, options in choices.items():
             gene = genes[name]
+            if isinstance(options, Range):
+                if gene not in options:
+                    near = f"; nearest: {options.nearest(gene)!r}" if is_number(gene) else ""
+                    raise ArchitectureError(f"{self.name}: {name} is {gene!r}; legal: a value of {options!r}{near}")
+                exact[name] = gene
+                continue
             legal = next((o for o in options if o == gene and type(o) is type(gene)), None)
             if legal is None:
                 raise ArchitectureError(f"{self.name}: {name} is {gene!r}; legal: {', '.join(map(repr, options))}")
@@ -292,7 +348,10 @@ class SearchSpace(ABC):
         raise InvalidInputError(f"{self.name}: is_valid refused {MAX_DRAWS} draws of {what}; is it too strict?")
 
     def sample(self, rng: np.random.Generator) -> Architecture:
-        """An architecture drawn evenly over the picks and options (rejecting what ``is_valid`` refuses)."""
+        """An architecture drawn evenly over the picks and options (rejecting what ``is_valid`` refuses).
+
+        A range is drawn from evenly on its scale (``nasplat.ranges``).
+        """
 
         def draw() -> dict[str, Option]:
             genes = {name: _pick(rng, options) for name, options in self._choices.items()}
@@ -304,43 +363,47 @@ class SearchSpace(ABC):
 
         return self._valid(draw, "a sample")
 
-    def _moves(self, genes: Mapping[str, Option]) -> Iterator[tuple[str, list[dict[str, Option]]]]:
-        """What one mutation can change: per free choice or used member of a group, the changes it allows."""
-        for name in self._free:
-            others = [{name: option} for option in self._choices[name] if option != genes[name]]
-            if others:
-                yield name, others
+    def _changes(self, name: str, genes: Mapping[str, Option]) -> list[dict[str, Option]]:
+        """What one mutation can make of a free choice, or of a member of a group that is on."""
+        group = self._group_of.get(name)
+        options = self._choices[name]
+        if group is None:
+            others = options.beside(genes[name]) if isinstance(options, Range) else options
+            return [{name: option} for option in others if option != genes[name]]
+        changes: list[dict[str, Option]] = [
+            {name: option} for option in self._on_options(name, group) if option != genes[name]
+        ]
+        changes += [
+            {name: group.off, other: genes[name]}
+            for other in group.names
+            if genes[other] == group.off and genes[name] in self._choices[other]
+        ]
+        return changes
+
+    def _changeable(self, genes: Mapping[str, Option]) -> list[str]:
+        """The free choices, and the members of a group that are on, of which a mutation can make something else."""
+        names = [name for name in self._free if len(self._choices[name]) > 1]
         for group in self._groups:
-            off = [name for name in group.names if genes[name] == group.off]
-            for name in group.names:
-                if genes[name] == group.off:
-                    continue
-                changes: list[dict[str, Option]] = [
-                    {name: option} for option in self._on_options(name, group) if option != genes[name]
-                ]
-                changes += [
-                    {name: group.off, other: genes[name]} for other in off if genes[name] in self._choices[other]
-                ]
-                if changes:
-                    yield name, changes
+            names += [name for name in group.names if genes[name] != group.off and self._changes(name, genes)]
+        return names
 
     def mutate(self, parent: Architecture, rng: np.random.Generator) -> Architecture:
         """A neighbour of ``parent``: another option of one choice or, in a group, the same option at another member.
 
         A choice is drawn first, then one of its changes, so that choices with many options are not favoured; in a
         group, a change of option and a move each get half of the draws (Real et al. 2019: mutate an operation, or an
-        edge's input).
+        edge's input). A range goes 1, 2, 4, ... places up or down, each as likely: mostly a small step, sometimes far.
 
         Raises:
             InvalidInputError: ``parent`` has no valid neighbour.
         """
         genes = cast("Mapping[str, Option]", parent.genes)
-        moves = [changes for _, changes in self._moves(genes)]
-        if not moves:
+        names = self._changeable(genes)
+        if not names:
             raise InvalidInputError(f"{self.name}: every choice has one option, so nothing can be mutated")
 
         def draw() -> dict[str, Option]:
-            changes = moves[int(rng.integers(len(moves)))]
+            changes = self._changes(names[int(rng.integers(len(names)))], genes)
             kinds = [kind for n in (1, 2) if (kind := [change for change in changes if len(change) == n])]
             kind = kinds[int(rng.integers(len(kinds)))]
             return {**genes, **kind[int(rng.integers(len(kind)))]}
@@ -348,9 +411,9 @@ class SearchSpace(ABC):
         return self._valid(draw, "a mutation")
 
     def neighbours(self, architecture: Architecture) -> list[Architecture]:
-        """Every valid architecture that one mutation reaches, in a fixed order."""
+        """Every valid architecture that one mutation reaches, in a fixed order (of a range: 1, 2, 4, ... places)."""
         genes = cast("Mapping[str, Option]", architecture.genes)
-        made = ({**genes, **change} for _, changes in self._moves(genes) for change in changes)
+        made = ({**genes, **change} for name in self._changeable(genes) for change in self._changes(name, genes))
         return [Architecture(self.identity, child) for child in made if self.is_valid(child)]
 
     def crossover(self, a: Architecture, b: Architecture, rng: np.random.Generator) -> Architecture:
@@ -374,7 +437,7 @@ class SearchSpace(ABC):
         Raises:
             InvalidInputError: ``keep`` names an unknown choice or option, or leaves a choice without any.
         """
-        alive = dict(self._choices)
+        alive = {name: tuple(options) for name, options in self._choices.items()}
         for name, kept in (keep or {}).items():
             if name not in alive:
                 raise InvalidInputError(f"{self.name}: keep names {name!r}; legal: {', '.join(alive)}")
@@ -421,13 +484,36 @@ class SearchSpace(ABC):
         return used
 
     def encode(self, architecture: Architecture) -> np.ndarray[Any, np.dtype[np.float32]]:
-        """One-hot per choice, concatenated: shape ``(sum of the numbers of options,)``, float32."""
-        return np.concatenate(
-            [
-                np.array([option == architecture.genes[name] for option in options], dtype=np.float32)
-                for name, options in self._choices.items()
-            ]
-        )
+        """What a predictor gets: per choice one-hot, a range as its position in [0, 1]; concatenated.
+
+        Returns:
+            Shape ``(n,)``, float32: a number per option, one for each range (on its linear or logarithmic scale).
+        """
+        length, places = self._code
+        code = np.zeros(length, dtype=np.float32)
+        for name, gene in architecture.genes.items():
+            at = places[name]
+            if isinstance(at, int):
+                options = self._choices[name]
+                assert isinstance(options, Range)
+                code[at] = options.position(gene)
+            else:
+                code[at[gene]] = 1.0
+        return code
+
+    @cached_property
+    def _code(self) -> tuple[int, dict[str, int | dict[Option, int]]]:
+        """Length of an encoding, and per choice where each option's number stands, or a range's."""
+        length = 0
+        places: dict[str, int | dict[Option, int]] = {}
+        for name, options in self._choices.items():
+            if isinstance(options, Range):
+                places[name] = length
+                length += 1
+            else:
+                places[name] = {option: length + index for index, option in enumerate(options)}
+                length += len(options)
+        return length, places
 
     def discretise(self, relaxed: Relaxed) -> Architecture:
         """The strongest architecture of a relaxed one.
@@ -494,6 +580,9 @@ class SearchSpace(ABC):
 
 
 def _pick(rng: np.random.Generator, options: Sequence[Option]) -> Option:
+    if isinstance(options, Range):
+        drawn: Option = options.draw(rng)
+        return drawn
     return options[int(rng.integers(len(options)))]
 
 
@@ -529,6 +618,8 @@ def space_from(build: Callable[[dict[str, Any]], nn.Module], choices: Mapping[st
 
     Args:
         build: Takes the genes (one option per choice) as a dictionary and returns a network.
-        choices: The options of each choice, in an order that never changes.
+        choices: The options of each choice, in an order that never changes; or a range of numbers
+            (``nasplat.ranges``).
     """
-    return FunctionSpace(build, {name: tuple(options) for name, options in choices.items()})
+    listed = {name: options if isinstance(options, Range) else tuple(options) for name, options in choices.items()}
+    return FunctionSpace(build, listed)

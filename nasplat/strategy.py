@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, TypeAlias,
 import numpy as np
 
 from nasplat.architecture import Architecture
+from nasplat.checks import is_whole
 from nasplat.errors import InvalidInputError
 from nasplat.identity import describe
-from nasplat.objectives import Constraint, Objective, front
+from nasplat.objectives import Constraint, Objective, crowding, front, ranks
 from nasplat.space import SearchSpace
 
 if TYPE_CHECKING:
@@ -47,18 +48,28 @@ class Evaluate:
     Attributes:
         architecture: What to build.
         budget: Cumulative share of the task's full training, in [0, 1]; 0 is "measure only".
-        weights_of: Number of the trial whose weights (and optimiser) it goes on from; None starts afresh.
+        weights_of: Number of the trial whose weights (and optimiser) it goes on from; None starts afresh. At budget 0
+            with the number of an ``Explore``, the path of the supernet itself is scored, and no weights are kept.
         notes: The strategy's own marks, JSON values: generation, rung, Optuna's distributions. Kept in the history.
+        recalibrate: Training batches from which the statistics of batch norms are estimated anew before the network is
+            scored; 0 leaves them as they are. Inherited weights need it: a supernet's statistics are of all its paths.
     """
 
     architecture: Architecture
     budget: float = 1.0
     weights_of: int | None = None
     notes: Mapping[str, Any] = field(default_factory=dict)
+    recalibrate: int = 0
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.budget <= 1.0:
             raise InvalidInputError(f"budget is {self.budget}; it is a share of the full training, in [0, 1]")
+        if not is_whole(self.recalibrate, 0):
+            raise InvalidInputError(f"recalibrate is {self.recalibrate!r}; a number of batches from 0 on is needed")
+        if self.recalibrate and self.budget == 0 and self.weights_of is None:
+            raise InvalidInputError(
+                f"recalibrate is {self.recalibrate}, but nothing is scored at budget 0 without weights_of; legal: 0"
+            )
 
 
 @dataclass(frozen=True)
@@ -221,6 +232,31 @@ class History:
             total += constraint.violation(trial.metrics) / max(abs(constraint.bound), 1e-12)
         return total
 
+    def standing(self, trials: Sequence[Trial]) -> list[tuple[int, float]]:
+        """How good each of these trials is among them: sort by it, the best first.
+
+        The non-dominated rank under the limits (:func:`~nasplat.objectives.ranks`: feasible beats infeasible, then the
+        smaller violation), then the crowding distance within the rank with its sign turned, so that smaller is better
+        in both. Trials that lack an objective and break no limit that is known (failed ones) come last.
+        """
+        losses: list[tuple[float, ...]] = []
+        violations = []
+        for trial in trials:
+            violation = self.violation(trial)
+            measured = all(objective.metric in trial.metrics for objective in self.objectives)
+            violations.append(violation if violation > 0 or measured else float("inf"))
+            losses.append(self.losses(trial) if measured else ())
+        found = ranks(losses, violations)
+        distances = [0.0] * len(trials)
+        of_rank: dict[int, list[int]] = {}
+        for index, rank in enumerate(found):
+            if violations[index] == 0.0:
+                of_rank.setdefault(rank, []).append(index)
+        for indices in of_rank.values():
+            for index, distance in zip(indices, crowding([losses[index] for index in indices]), strict=True):
+                distances[index] = distance
+        return [(rank, -distance) for rank, distance in zip(found, distances, strict=True)]
+
     def front(self) -> list[Trial]:
         """Feasible full evaluations that no other dominates, the best in the first objective first."""
         candidates = [
@@ -381,6 +417,8 @@ def proposal_to_json(proposal: Proposal) -> dict[str, Any]:
         }
         if proposal.weights_of is not None:
             record["weights_of"] = proposal.weights_of
+        if proposal.recalibrate:
+            record["recalibrate"] = proposal.recalibrate
     if proposal.notes:
         record["notes"] = dict(proposal.notes)
     return record

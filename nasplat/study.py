@@ -20,7 +20,8 @@ from nasplat import journal
 from nasplat.architecture import Architecture
 from nasplat.cost.counter import Count
 from nasplat.cost.latency import Latency
-from nasplat.cost.meter import CostMeter
+from nasplat.cost.meter import BatchMeter, CostMeter, Meter
+from nasplat.cost.zero_cost import SCORES, ZeroCost
 from nasplat.errors import (
     FolderError,
     FolderMismatchError,
@@ -50,8 +51,8 @@ ALWAYS_KNOWN = ("train_seconds", "measure_seconds")
 CHECKED = 4
 """Networks tried before a space is said not to fit its task."""
 
-ON_DEMAND: tuple[CostMeter, ...] = (Latency(),)
-"""Meters that join a study when an objective or a constraint names one of their metrics."""
+ON_DEMAND: tuple[Meter, ...] = (Latency(), *(ZeroCost(name) for name in SCORES))
+"""Meters that join a study when an objective, a constraint or the strategy names one of their metrics."""
 
 
 class Study:
@@ -79,7 +80,7 @@ class Study:
         *,
         seed: int = 0,
         folder: str | Path,
-        meters: Sequence[CostMeter] = (),
+        meters: Sequence[Meter] = (),
         tracker: Tracker | Literal["mlflow"] | None = "mlflow",
         device: str = "cpu",
         threads: int = 1,
@@ -98,8 +99,9 @@ class Study:
             constraints: Hard limits on any metric.
             seed: Of everything random, at least 0.
             folder: Holds the journal and the weights. On a cluster: a path that every node reaches.
-            meters: Measured beside parameters, operations and model bytes, which always are. Latency joins by itself
-                where an objective or a constraint names it.
+            meters: Measured beside parameters, operations and model bytes, which always are. Latency and zero-cost
+                scores join by themselves where an objective, a constraint or an objective of the strategy's own names
+                them.
             tracker: ``"mlflow"`` (``MLFLOW_TRACKING_URI``, else a SQLite file beside the folder), a tracker, or None.
             device: Where to train and measure: ``cpu``, ``cuda``, ``cuda:1``.
             threads: Threads of torch for each trial.
@@ -125,8 +127,12 @@ class Study:
             if not isinstance(given, list | tuple):
                 raise InvalidInputError(f"{name} is {given!r}; a list is needed")
         for meter in meters:
-            if isinstance(meter, type) or not isinstance(meter, CostMeter):
+            if isinstance(meter, type) or not isinstance(meter, CostMeter | BatchMeter):
                 raise InvalidInputError(f"a meter is {meter!r}; an object with metrics, trained and measure is needed")
+            if isinstance(meter, BatchMeter) and task.data is None:
+                raise InvalidInputError(
+                    f"{meter!r} needs a batch of training data; the task {task.name} is a function and has none"
+                )
         if tracker not in (None, "mlflow") and (isinstance(tracker, type) or not isinstance(tracker, Tracker)):
             raise InvalidInputError(f"tracker is {tracker!r}; legal: 'mlflow', None, or a tracker: MlflowTracker()")
         if not objectives or not all(isinstance(objective, Objective) for objective in objectives):
@@ -177,10 +183,10 @@ class Study:
         """The metrics that objectives and constraints name."""
         return [objective.metric for objective in self.objectives] + [limit.metric for limit in self.constraints]
 
-    def _with_meters(self, given: tuple[CostMeter, ...]) -> tuple[CostMeter, ...]:
+    def _with_meters(self, given: tuple[Meter, ...]) -> tuple[Meter, ...]:
         """The given meters, those that every network gets, and those that a named metric asks for."""
         meters = list(given)
-        wanted = self._wanted()
+        wanted = [*self._wanted(), *_named_by(self.strategy)]
         if self.task.function is None:
             known = {name for meter in meters for name in meter.metrics}
             if not known.intersection(Count().metrics):
@@ -684,6 +690,17 @@ def recorded_tracker(events: Sequence[Mapping[str, Any]]) -> Tracker | None:
     if "class" in tracker:
         raise FolderError(f"the tracker {tracker['class']} lives in the script that made the study; give tracker=...")
     return MlflowTracker(tracker["uri"], tracker["experiment"])
+
+
+def _named_by(part: Any) -> list[str]:
+    """Metrics of the objectives that a strategy, or a strategy inside it, holds itself."""
+    if isinstance(part, Objective):
+        return [part.metric]
+    if isinstance(part, list | tuple):
+        return [name for item in part for name in _named_by(item)]
+    if dataclasses.is_dataclass(part) and not isinstance(part, type):
+        return [name for field in dataclasses.fields(part) for name in _named_by(getattr(part, field.name))]
+    return []
 
 
 def _brief(description: Any) -> str:

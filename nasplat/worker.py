@@ -12,7 +12,7 @@ import time
 import traceback
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from nasplat.cost.bench import Bench
-from nasplat.cost.meter import CostMeter
+from nasplat.cost.meter import BatchMeter, Meter
 from nasplat.errors import InvalidInputError, NonFiniteError, TimeLimitError
 from nasplat.objectives import Constraint
 from nasplat.phases import Phase
@@ -33,7 +33,12 @@ from nasplat.seeding import seeded
 from nasplat.space import SearchSpace
 from nasplat.strategy import Evaluate, Explore, Report
 from nasplat.task import Task
-from nasplat.train import Training, lay_out, place
+from nasplat.train import Training, evaluate, lay_out, place
+from nasplat.weight_sharing.inherited import SupernetPath, kept_supernet
+from nasplat.weight_sharing.recalibrate import calibration_batches, kept_statistics, recalibrate
+
+BATCH_SEED = 0
+"""Seed of the training examples that a meter gets: the same for every candidate, whatever its seed and the study's."""
 
 CHECKPOINT_SECONDS = 20.0
 """A running training is saved so that a kill costs about this long at most, besides the epoch under way."""
@@ -63,7 +68,7 @@ class Worker:
     space: SearchSpace
     task: Task
     folder: Path
-    meters: Sequence[CostMeter] = ()
+    meters: Sequence[Meter] = ()
     constraints: Sequence[Constraint] = ()
     device: str = "cpu"
     threads: int = 1
@@ -106,7 +111,11 @@ class Worker:
             if meter.trained is not trained:
                 continue
             begin = time.monotonic()
-            measurement = meter.measure(model, example, self.bench)
+            if isinstance(meter, BatchMeter):
+                x, y = self._batch(meter.examples, example.device)
+                measurement = meter.measure_batch(model, x, y, self.task.compute_loss, self.bench)
+            else:
+                measurement = meter.measure(model, example, self.bench)
             found.metrics.update(_finite(measurement.values))
             found.samples.update({name: list(values) for name, values in measurement.samples.items()})
             found.facts.update(measurement.facts)
@@ -114,6 +123,18 @@ class Worker:
             if not trained and (broken := self._broken(found.metrics)):
                 return broken
         return ""
+
+    def _batch(self, examples: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """Random training examples, the same ones each time: meters compare candidates, not batches."""
+        with seeded(BATCH_SEED):  # a loader's order may be that of the global generator
+            order = torch.Generator().manual_seed(BATCH_SEED)
+            xs, ys = [], []
+            for x, y in self.task.load().train.batches(examples, order):
+                xs.append(x)
+                ys.append(y)
+                if sum(map(len, xs)) >= examples:
+                    break
+        return place(torch.cat(xs)[:examples], device), torch.cat(ys)[:examples].to(device)
 
     def _broken(self, metrics: Mapping[str, float]) -> str:
         """The hard limits that the metrics known so far break, in words."""
@@ -136,10 +157,14 @@ class Worker:
         if broken:
             yield found.outcome("infeasible", broken)
             return
+        if proposal.budget == 0 and proposal.weights_of is not None and assignment.source is None:
+            yield self._score_path(assignment, proposal, model, example, found, clock)
+            return
         begin = time.monotonic()
         stopped = False
-        epochs = 0 if proposal.budget == 0 else max(1, round(proposal.budget * self.task.recipe.epochs))
-        training = Training(model, self.task, device, assignment.seed, clock.step)
+        task = replace(self.task, recipe=replace(self.task.recipe, **self.space.recipe(proposal.architecture)))
+        epochs = 0 if proposal.budget == 0 else max(1, round(proposal.budget * task.recipe.epochs))
+        training = Training(model, task, device, assignment.seed, clock.step)
         own = trial_folder(self.folder, assignment.number) / "checkpoint.pt"
         first, last = self._begin_from(training, assignment, own)
         saved = time.monotonic()
@@ -152,7 +177,10 @@ class Worker:
             if time.monotonic() - saved > CHECKPOINT_SECONDS:
                 save_checkpoint({**training.state(), "first": first, "last": last}, own)
                 saved = time.monotonic()
-        if not last and (epochs or proposal.weights_of is not None):
+        if proposal.recalibrate:
+            recalibrate(training.model, self._calibration(assignment, proposal), clock.step)
+            last = {**last, **training.validate()}
+        elif not last and (epochs or proposal.weights_of is not None):
             # Nothing was left to train: the weights that it began with are what is scored.
             last = training.validate()
         found.metrics.update(last)
@@ -162,6 +190,38 @@ class Worker:
         self._measure(model, example, True, found)
         self._save(training, assignment.number, found, first, last, proposal.budget < 1 or stopped)
         yield found.outcome("stopped" if stopped else "complete", "ended early by the strategy" if stopped else "")
+
+    def _score_path(
+        self,
+        assignment: Assignment,
+        proposal: Evaluate,
+        model: nn.Module,
+        example: torch.Tensor,
+        found: _Found,
+        clock: _Clock,
+    ) -> Outcome:
+        """Score the architecture as a path of an explored supernet. Costs are those of the built network."""
+        assert proposal.weights_of is not None
+        device = torch.device(self.device)
+        file = trial_folder(self.folder, proposal.weights_of) / "weights.safetensors"
+        if not file.exists():
+            raise InvalidInputError(f"trial {proposal.weights_of} kept no weights of a supernet to score a path of")
+        supernet = kept_supernet(self.space, file, device)
+        path = SupernetPath(supernet, self.space, proposal.architecture).eval()
+        with kept_statistics(supernet):
+            if proposal.recalibrate:
+                recalibrate(path, self._calibration(assignment, proposal), clock.step)
+            validation = self.task.load().validation
+            found.metrics.update(evaluate(path, self.task, validation, "val", device, clock.step))
+            if any(meter.trained for meter in self.meters):
+                self.space.inherit(model, None, supernet.state_dict())
+                model.eval()
+                self._measure(model, example, True, found)
+        self._save_samples(assignment.number, found)
+        return found.outcome("complete")
+
+    def _calibration(self, assignment: Assignment, proposal: Evaluate) -> Iterator[torch.Tensor]:
+        return calibration_batches(self.task, proposal.recalibrate, assignment.seed, torch.device(self.device))
 
     def _begin_from(self, training: Training, assignment: Assignment, own: Path) -> tuple[int, dict[str, float]]:
         """Load what the training goes on from: its own interrupted run, or the trial named by the proposal.
@@ -198,7 +258,12 @@ class Worker:
             save_checkpoint(state, folder / "checkpoint.pt")
         else:
             (folder / "checkpoint.pt").unlink(missing_ok=True)
+        self._save_samples(number, found)
+
+    def _save_samples(self, number: int, found: _Found) -> None:
         if found.samples:
+            folder = trial_folder(self.folder, number)
+            folder.mkdir(parents=True, exist_ok=True)
             (folder / "samples.json").write_text(json.dumps(found.samples))
 
     def _call(
@@ -230,7 +295,7 @@ class Worker:
     ) -> Generator[Report | Outcome, bool | None, None]:
         found = _Found()
         folder = trial_folder(self.folder, assignment.number)
-        context = _Context(torch.device(self.device), assignment.seed, clock, folder / "checkpoint.pt")
+        context = _Context(torch.device(self.device), assignment.seed, clock, folder / "checkpoint.pt", found.metrics)
         rng = np.random.default_rng(assignment.seed)
         begin = time.monotonic()
         steps = proposal.explorer.explore(self.space, self.task, rng, context)
@@ -305,18 +370,25 @@ class _Context:
     seed: int
     clock: _Clock
     checkpoint: Path
+    reported: dict[str, float]
 
     def step(self) -> Any:
         return self.clock.step()
 
     def save(self, state: Mapping[str, Any]) -> None:
-        save_checkpoint(state, self.checkpoint)
+        # With what it has reported: killed after its last epoch, it has nothing more to report.
+        save_checkpoint({"state": dict(state), "reported": dict(self.reported)}, self.checkpoint)
 
     def keep(self, weights: Mapping[str, torch.Tensor]) -> None:
         save_weights(weights, self.checkpoint.with_name("weights.safetensors"))
 
     def load(self) -> dict[str, Any] | None:
-        return load_checkpoint(self.checkpoint) if self.checkpoint.exists() else None
+        if not self.checkpoint.exists():
+            return None
+        held = load_checkpoint(self.checkpoint)
+        self.reported.update(held["reported"])
+        state: dict[str, Any] = held["state"]
+        return state
 
 
 def save_checkpoint(state: Mapping[str, Any], path: Path) -> None:

@@ -211,6 +211,25 @@ class BinaryGrowth(SearchSpace):
             genes = min(({**genes, _groups(stage): count} for count in self.groups), key=self._ops)
         return genes
 
+    def extremes(self) -> tuple[Architecture, Architecture]:
+        """The networks with the fewest and the most operations.
+
+        More groups are fewer operations, so the largest network has the fewest groups.
+
+        Raises:
+            UnsupportedError: ``max_ops`` refuses the largest.
+        """
+        largest = self._uniform(self.max_depth, self.expansion[-1], self.groups[0])
+        largest |= {"experts": self.experts[-1], "squeeze_excite": self.squeeze_excite[-1]}
+        if self._grouped(largest):
+            largest["aggregation"] = self.aggregation[-1]
+        if not self.is_valid(largest):
+            raise UnsupportedError(
+                f"{self.name}: max_ops is {self.max_ops:g}, and the largest network takes {self._ops(largest):.0f}; "
+                "only without that limit (None) is it part of the space"
+            )
+        return self.architecture(self._smallest()), self.architecture(largest)
+
     # Notation.
 
     def start(self) -> Architecture:

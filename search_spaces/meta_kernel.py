@@ -9,6 +9,7 @@ network and the mask are this project's design.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,7 +22,7 @@ from nasplat.architecture import Architecture
 from nasplat.checks import is_whole, sequence
 from nasplat.drawing import Block, Sketch, Stages
 from nasplat.errors import InvalidInputError, UnsupportedError
-from nasplat.nn.embedding import Kernel, LayerShape, parse
+from nasplat.nn.embedding import AveragePool, Kernel, LayerShape, parse
 from nasplat.nn.meta_kernel import MetaInvertedResidual, WeightSharing, plain
 from nasplat.nn.mobile import ConvNorm, InvertedResidual
 from nasplat.space import Option, Relaxed, SearchSpace, Supernet
@@ -194,6 +195,21 @@ class MetaKernel(SearchSpace):
         """Each kernel of a layer with the layer's expansion: parts add up, and each costs in proportion to it."""
         return [(kernel, layer.expansion_name) for layer in self._layers for kernel in layer.kernel_names]
 
+    def extremes(self) -> tuple[Architecture, Architecture]:
+        """Kernels of the fewest taps at the least expansions, and of the most at the greatest.
+
+        Taps are what a kernel multiplies a pixel with: none for ``identity`` and ``zero``, and those of an average are
+        counted. Of kernels with equally many, the first.
+        """
+        found = []
+        for pick in (min, max):
+            genes: dict[str, Option] = {}
+            for layer in self._layers:
+                genes.update(dict.fromkeys(layer.kernel_names, pick(layer.kernels, key=_taps)))
+                genes[layer.expansion_name] = pick(layer.expansions)
+            found.append(self.architecture(genes))
+        return found[0], found[1]
+
     def build(self, architecture: Architecture) -> nn.Module:
         """The network of one architecture: plain layers, which hold no other candidate.
 
@@ -302,6 +318,14 @@ class MetaKernel(SearchSpace):
                 blocks.append(Block(layer.name, lines, layer.out_channels, stride=layer.stride))
         blocks.append(Block("head", ("1x1 convolution",), self.head_channels))
         return [Stages(self.name, tuple(blocks))]
+
+
+def _taps(option: str) -> int:
+    """Multiplications of a depthwise kernel per pixel and channel."""
+    candidate = parse(option)
+    if isinstance(candidate, Kernel):
+        return math.prod(candidate.size)
+    return candidate.size**2 if isinstance(candidate, AveragePool) else 0
 
 
 class _Trunk(nn.Module):

@@ -226,6 +226,49 @@ class Sandglass(SearchSpace):
         ]
         return [names for names in grouped if names]
 
+    def extremes(self) -> tuple[Architecture, Architecture]:
+        """The networks with the fewest and the most operations.
+
+        Kernels, depths and widths are at their least, or at their greatest. Which block and which reduction go with
+        them is computed for each stage: it depends on the channels, the kernel and the stride.
+        """
+        found = []
+        for pick in (min, max):
+            genes: dict[str, Option] = {}
+            channels = self._stem_channels
+            for index in range(len(self.stages)):
+                options = self._options(index)
+                others = {name: pick(options[name]) for name in ("kernel", "depth", "width")}
+                tried = [
+                    {**others, "block": block, "reduction": reduction}
+                    for block, reduction in product(options["block"], options["reduction"])
+                ]
+                costs = [self._stage_cost(index, chosen, channels) for chosen in tried]
+                chosen = tried[costs.index(pick(costs))]
+                genes |= {f"{_stage(index)}/{name}": chosen[name] for name, some in options.items() if len(some) > 1}
+                channels = self._channels(index, chosen["width"])
+            found.append(self.architecture(genes))
+        return found[0], found[1]
+
+    def _stage_cost(self, index: int, chosen: Mapping[str, Any], channels: int) -> int:
+        """Operations of a stage per pixel of its output, as ``nasplat.cost.count`` counts them."""
+        taps, width, total = chosen["kernel"] ** 2, self._channels(index, chosen["width"]), 0
+        for position in range(chosen["depth"]):
+            stride = 1 if position else self.stages[index].stride
+            if chosen["block"] == INVERTED_RESIDUAL:
+                hidden = channels * chosen["reduction"]
+                before = (channels + 2) * hidden
+                after = (taps + 2) * hidden + (hidden + 1) * width + (width if position else 0)
+            else:
+                hidden = sandglass_width(channels, width, chosen["reduction"], self.variant)
+                both = self.variant == "paper" or position > 0 or self._keeps_depthwise(index)
+                before = ((taps + 2) * channels if both else 0) + (channels + 1) * hidden + (hidden + 2) * width
+                after = (taps + 1) * width if both or stride == 2 else 0
+                after += identity_channels(width, _identity(chosen["block"])) if position else 0
+            total += stride**2 * before + after
+            channels = width
+        return total
+
     def mobilenext(self) -> Architecture:
         """MobileNeXt as an architecture of this space, e.g. ``Sandglass.imagenet(width=1.4).mobilenext()``.
 

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from nasplat import seeding
 from nasplat.errors import InvalidInputError
 from nasplat.weight_sharing.bilevel import Batch, Bilevel, Run
 
@@ -22,8 +23,9 @@ class Darts(Bilevel):
 
     Attributes:
         order: ``first``: the alphas' gradient at the current weights (algorithm 1 with xi = 0). ``second``: through
-            one step of the weights ahead, xi the weights' learning rate (equations 7 and 8); four times the work of
-            an alpha step, and SGD only.
+            one step of the weights ahead, xi the weights' learning rate (equations 7 and 8). The step ahead has
+            momentum and weight decay and is not clipped, as in the authors' code. An alpha step computes four
+            gradients instead of one; SGD only.
 
     The other attributes are those of :class:`nasplat.weight_sharing.bilevel.Bilevel`.
     """
@@ -43,45 +45,49 @@ class Darts(Bilevel):
         """Loss and gradients of the alphas, by the order asked for."""
         if self.order == "first":
             return super().architecture_gradient(run, train, validation)
-        rate = run.optimiser.param_groups[0]["lr"]
-        alphas = list(run.parameters.values())
-        now = [weight.detach().clone() for weight in run.weights]
-        # The looks ahead are not steps of the training: batch norm's running statistics stay as they were.
-        buffers = [buffer.clone() for buffer in run.supernet.buffers()]
+        alphas, rate = list(run.parameters.values()), run.optimiser.param_groups[0]["lr"]
+        weights: list[Tensor] = [*run.weights]
+        now = [weight.detach().clone() for weight in weights]
+        buffers = list(run.supernet.buffers())
+        before = [buffer.clone() for buffer in buffers]
+        # The three training losses see the same random numbers: else their differences were of these.
+        seed = int(torch.randint(2**31, ()))
 
-        ahead = _filled(torch.autograd.grad(self._train_loss(run, train), run.weights, allow_unused=True), run.weights)
+        def train_loss() -> Tensor:
+            with seeding.seeded(seed):
+                return run.loss(train, self.draw(run.parameters, run.moment))
+
+        ahead = _filled(torch.autograd.grad(train_loss(), weights, allow_unused=True), weights)
         with torch.no_grad():
-            for weight, gradient in zip(run.weights, ahead, strict=True):
-                momentum = run.optimiser.state[weight].get("momentum_buffer")
-                step = gradient + self.weight_decay * weight
-                weight.sub_(rate * (step if momentum is None else step + self.momentum * momentum))
+            for weight, gradient in zip(weights, ahead, strict=True):
+                gradient = gradient.add(weight, alpha=self.weight_decay)
+                momentum = run.optimiser.state.get(weight, {}).get("momentum_buffer")
+                weight.sub_(gradient if momentum is None else gradient.add_(momentum, alpha=self.momentum), alpha=rate)
         loss = self.architecture_loss(run, validation)
-        found = torch.autograd.grad(loss, [*alphas, *run.weights], allow_unused=True)
-        direct, by_weights = found[: len(alphas)], _filled(found[len(alphas) :], run.weights)
+        found = torch.autograd.grad(loss, [*alphas, *weights], allow_unused=True)
+        direct, by_weights = found[: len(alphas)], _filled(found[len(alphas) :], weights)
 
         # The Hessian-vector product of equation 8, by central differences around the current weights.
-        length = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(part) for part in by_weights]))
-        radius = RADIUS / float(length) if float(length) > 0 else 0.0
+        length = float(nn.utils.get_total_norm(by_weights))
+        radius = RADIUS / length if length > 0 else 0.0
         sides: list[tuple[Tensor | None, ...]] = []
         for sign in (1, -1):
             with torch.no_grad():
-                for weight, value, part in zip(run.weights, now, by_weights, strict=True):
-                    weight.copy_(value + sign * radius * part)
-            sides.append(torch.autograd.grad(self._train_loss(run, train), alphas, allow_unused=True))
+                torch._foreach_copy_(weights, now)
+                torch._foreach_add_(weights, by_weights, alpha=sign * radius)
+            sides.append(torch.autograd.grad(train_loss(), alphas, allow_unused=True))
         with torch.no_grad():
-            for weight, value in zip(run.weights, now, strict=True):
-                weight.copy_(value)
-            for buffer, value in zip(run.supernet.buffers(), buffers, strict=True):
-                buffer.copy_(value)
+            # To the last bit. These were no steps of the training: batch norm's statistics are given back, too.
+            torch._foreach_copy_(weights, now)
+            if buffers:
+                torch._foreach_copy_(buffers, before)
         gradients: list[Tensor | None] = []
         for own, plus, minus in zip(direct, *sides, strict=True):
-            if own is not None and plus is not None and minus is not None and radius > 0:
-                own = own - rate * (plus - minus) / (2 * radius)
+            if plus is not None and minus is not None and radius > 0:
+                through = (minus - plus) * (rate / (2 * radius))
+                own = through if own is None else own + through
             gradients.append(own)
         return loss.detach(), gradients
-
-    def _train_loss(self, run: Run, train: Batch) -> Tensor:
-        return run.loss(train, self.draw(run.parameters, run.moment))
 
 
 def _filled(gradients: Sequence[Tensor | None], like: Sequence[Tensor]) -> list[Tensor]:

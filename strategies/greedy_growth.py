@@ -30,6 +30,9 @@ class GreedyGrowth:
     wins. Ties go to the first. Failed trials and such as break a limit are never kept. When no move gains, the network
     is trained in full, if it was not yet, and the search is over.
 
+    It is for spaces with a small start and few moves. Where the moves are all neighbours of a random start, a round
+    costs as many trainings as there are neighbours, and it is not to be expected to beat random search.
+
     Attributes:
         start: Where to start; None is the space's own ``start()`` where it has one, else a random architecture.
         cost: The metric that a gain is set against; None takes the greatest gain whatever it costs.

@@ -1,4 +1,4 @@
-"""One-shot search: train one supernet, then what it found."""
+"""One-shot search: train one supernet, search its paths, then train the best of them from scratch."""
 
 from __future__ import annotations
 
@@ -6,22 +6,48 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from nasplat.architecture import Architecture
+from nasplat.checks import is_whole
 from nasplat.errors import InvalidInputError
-from nasplat.strategy import Evaluate, Explore, Explorer, History, Proposal
+from nasplat.nested import propose, proposed_by
+from nasplat.objectives import crowding, ranks
+from nasplat.strategy import Evaluate, Explore, Explorer, History, Proposal, Strategy, Trial
+
+INHERITED = "inherited"
+"""The name of the inner search."""
 
 
 @dataclass(frozen=True)
 class OneShot:
-    """Lets an explorer train a supernet, then trains each architecture it found from scratch, in full.
+    """Lets an explorer train a supernet, searches its paths by another strategy, and trains the best ones in full.
 
-    Searching the trained supernet itself, with the inherited weights as a proxy and another strategy to choose, would
-    be further steps between the two; they are not here yet.
+    Without ``search`` the architectures that the explorer itself found are trained from scratch, all of them. With it::
+
+        OneShot(UniformPaths(epochs=120), search=RegularizedEvolution(50), n_search=1000, n_retrain=3)
+
+    1,000 architectures are scored as paths of the supernet, each with its own batch-norm statistics and its costs
+    measured on the built network; evolution chooses them, and cannot tell that nothing was trained. The study needs
+    ``max_trials`` of at least ``1 + n_search + n_retrain``.
+
+    The best are those that keep the limits (then those that break them least), by non-dominated rank, and within a rank
+    those with the most room around them (crowding distance), or of one objective simply the best. Limits and objectives
+    hold for the inherited scores as they stand.
 
     Attributes:
-        explorer: Trains the supernet: ``OneShot(Darts(epochs=50))``.
+        explorer: Trains the supernet: ``Darts(epochs=50)``, ``UniformPaths(epochs=120)``.
+        search: Any strategy that proposes evaluations, unchanged; None trains what the explorer found.
+        n_search: Paths scored, at least 1. Those that a cheap limit refuses do not count, up to ``10 * n_search + 100``
+            in all.
+        n_retrain: Architectures trained in full at the end, at least 1.
+        recalibrate: Training batches from which the batch-norm statistics of each path are estimated anew; 0 takes
+            those of the supernet's training.
     """
 
     explorer: Explorer
+    search: Strategy | None = None
+    n_search: int = 1000
+    n_retrain: int = 3
+    recalibrate: int = 20
 
     def __post_init__(self) -> None:
         if isinstance(self.explorer, type) or not isinstance(self.explorer, Explorer):
@@ -29,20 +55,69 @@ class OneShot:
                 f"explorer is {self.explorer!r}; an object with explore(space, task, rng, context), "
                 "such as Darts(epochs=50)"
             )
+        if self.search is not None and (isinstance(self.search, type) or not isinstance(self.search, Strategy)):
+            raise InvalidInputError(
+                f"search is {self.search!r}; None, or an object with propose(history, rng), such as "
+                "RegularizedEvolution(population=50)"
+            )
+        for name, least in (("n_search", 1), ("n_retrain", 1), ("recalibrate", 0)):
+            if not is_whole(getattr(self, name), least):
+                raise InvalidInputError(f"{name} is {getattr(self, name)!r}; an integer from {least} up is needed")
 
     def propose(self, history: History, rng: np.random.Generator) -> Proposal | None:
-        """The exploration; None while it runs; then what it found, best first; None after that or if it failed.
+        """The exploration; then paths of its supernet; then the best of them in full; None while one waits for another.
 
         Args:
             history: All trials so far.
-            rng: Not used: the explorer has its own.
+            rng: The inner strategy's; the explorer has its own.
         """
         exploration = next((trial for trial in history.trials if isinstance(trial.proposal, Explore)), None)
         if exploration is None:
             return Explore(self.explorer)
         if exploration.state in ("running", "failed"):
             return None
-        for architecture in exploration.found:
-            if not history.of(architecture):
+        if self.search is None:
+            for architecture in exploration.found:
+                if not history.of(architecture):
+                    return Evaluate(architecture)
+            return None
+        belongs = proposed_by(INHERITED)
+        trials = [trial for trial in history.trials if belongs(trial)]
+        worked = sum(trial.state != "infeasible" for trial in trials)
+        if worked < self.n_search and len(trials) < 10 * self.n_search + 100:
+            proposal = propose(
+                self.search,
+                history,
+                rng,
+                INHERITED,
+                budget=0.0,
+                weights_of=exploration.number,
+                recalibrate=self.recalibrate,
+            )
+            if proposal is not None:
+                return proposal
+        if any(trial.state == "running" for trial in trials):
+            return None
+        for architecture in self._best(history, trials):
+            if not any(trial.full for trial in history.of(architecture)):
                 return Evaluate(architecture)
         return None
+
+    def _best(self, history: History, trials: list[Trial]) -> list[Architecture]:
+        """The architectures to train, best first."""
+        first: dict[Architecture, Trial] = {}
+        for trial in trials:
+            known = all(objective.metric in trial.metrics for objective in history.objectives)
+            if trial.architecture is not None and trial.state == "complete" and known:
+                first.setdefault(trial.architecture, trial)
+        scored = list(first.values())
+        losses = [history.losses(trial) for trial in scored]
+        rank = ranks(losses, [history.violation(trial) for trial in scored])
+        room = [0.0] * len(scored)
+        if len(history.objectives) > 1:
+            for level in set(rank):
+                members = [index for index, own in enumerate(rank) if own == level]
+                for index, distance in zip(members, crowding([losses[index] for index in members]), strict=True):
+                    room[index] = distance
+        order = sorted(range(len(scored)), key=lambda index: (rank[index], -room[index], losses[index], index))
+        return [list(first)[index] for index in order[: self.n_retrain]]

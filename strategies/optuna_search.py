@@ -12,37 +12,89 @@ import inspect
 import json
 import math
 import warnings
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime
-from itertools import combinations
-from typing import Any
+from importlib import import_module
+from importlib.util import find_spec
+from itertools import combinations, pairwise
+from typing import Any, Literal, TypeAlias
 from weakref import WeakKeyDictionary
 
 import numpy as np
 import optuna
-from optuna.distributions import BaseDistribution, CategoricalDistribution
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.exceptions import ExperimentalWarning
 from optuna.samplers import BaseSampler, CmaEsSampler
 from optuna.storages import InMemoryStorage
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
+from nasplat.checks import is_number
 from nasplat.errors import InvalidInputError, UnsupportedError
+from nasplat.ranges import Int, Range
 from nasplat.space import Group, Option, SearchSpace
 from nasplat.strategy import Evaluate, History, Trial
+
+
+class CmaEs(CmaEsSampler):
+    """Optuna's CMA-ES, with its state between generations as JSON.
+
+    Optuna pickles the state into a trial's attributes. Here these come back out of a study's folder, and nothing in a
+    folder is ever unpickled.
+    """
+
+    _optimiser: Any = None
+
+    def _init_optimizer(self, *arguments: Any) -> Any:
+        self._optimiser = super()._init_optimizer(*arguments)
+        # cmaes leaves it as the memory was, which would get into the notes: written before it is read, in any case.
+        self._optimiser._funhist_values.fill(0.0)
+        return self._optimiser
+
+    def _split_optimizer_str(self, optimizer_str: str) -> dict[str, str]:
+        state = {key: _plain(value) for key, value in self._optimiser.__getstate__().items()}
+        return {self._attr_key_optimizer: json.dumps(state, sort_keys=True)}
+
+    def _restore_optimizer(self, completed_trials: list[FrozenTrial]) -> Any:
+        cmaes: Any = import_module("cmaes")
+        for trial in reversed(completed_trials):
+            if self._attr_key_optimizer not in trial.system_attrs:
+                continue
+            recorded = json.loads(trial.system_attrs[self._attr_key_optimizer])
+            state = {key: np.array(value) if isinstance(value, list) else value for key, value in recorded.items()}
+            size = len(state["_mean"])
+            self._optimiser = cmaes.CMA(mean=np.zeros(size), sigma=1.0, lr_adapt=bool(state.get("_lr_adapt")))
+            unknown = set(state) ^ set(self._optimiser.__getstate__())
+            if unknown:
+                raise InvalidInputError(
+                    f"trial {trial.number - 1} holds a state of CMA-ES that this version of cmaes does not read: "
+                    f"{', '.join(sorted(unknown))}"
+                )
+            self._optimiser.__setstate__(state)
+            return self._optimiser
+        return None
+
+
+def _plain(value: Any) -> Any:
+    return value.tolist() if isinstance(value, np.ndarray | np.generic) else value
+
 
 SAMPLERS: Mapping[str, type[BaseSampler]] = {
     "tpe": optuna.samplers.TPESampler,
     "gp": optuna.samplers.GPSampler,
     "nsga2": optuna.samplers.NSGAIISampler,
     "nsga3": optuna.samplers.NSGAIIISampler,
+    "cmaes": CmaEs,
     "random": optuna.samplers.RandomSampler,
     "qmc": optuna.samplers.QMCSampler,
     "brute_force": optuna.samplers.BruteForceSampler,
 }
 """Short names of samplers."""
+
+NOT_JSON = ("independent_sampler", "source_trials", "use_separable_cma", "with_margin")
+"""Options of CMA-ES that are objects, or give it a state that has no form in JSON here."""
 
 MAX_COMBINATIONS = 10_000
 """Ways to pick the members of one group, above which they are too many for one categorical parameter."""
@@ -55,16 +107,24 @@ TRIES = 3
 class OptunaSearch:
     """Search with one of Optuna's samplers, with one or more objectives and with constraints.
 
-    Every choice is a categorical parameter. A group (``pick`` of its members are on) is one categorical parameter
+    A range (``nasplat.ranges``) is a real or whole parameter, linear or logarithmic, whose suggestions are taken to the
+    nearest value of the range. Every other choice is a categorical parameter.
+
+    A group (``pick`` of its members are on) is one categorical parameter
     over the combinations of members, and one for the option of each picked member, so every suggestion is legal and
     no parameter depends on another.
 
     Optuna is told what runs (samplers such as TPE and GP keep away from it), what failed (ignored), what was stopped
     or broke a cheap limit (pruned, with its violations), and by how much each trial breaks or keeps each limit.
 
+    ``random``, ``qmc`` and ``brute_force`` learn nothing from results, so they are not to be expected to beat random
+    search.
+
     Attributes:
-        sampler: ``tpe``, ``gp``, ``nsga2``, ``nsga3``, ``random``, ``qmc``, ``brute_force``; or a sampler class, of
-            Optuna or one's own, that takes a ``seed``. A class, not an object: only then is the strategy plain data.
+        sampler: ``tpe``, ``gp``, ``nsga2``, ``nsga3``, ``cmaes``, ``random``, ``qmc``, ``brute_force``; or a sampler
+            class, of Optuna or one's own, that takes a ``seed``. A class, not an object: only then is the strategy
+            plain data. ``cmaes`` needs the package of that name, one objective, and choices of numbers in order:
+            ranges, or three options or more that rise or fall, of which it sees the index. It knows no limits.
         options: Arguments of the sampler but its seed: ``{"n_startup_trials": 20}``. JSON values, so that they name
             the study.
     """
@@ -80,16 +140,20 @@ class OptunaSearch:
                 f"OptunaSearch({type(kind).__name__}, {{...}}), so that each proposal can seed its own"
             )
         if isinstance(kind, str):
-            kind = CmaEsSampler if kind == "cmaes" else SAMPLERS.get(kind)
+            kind = SAMPLERS.get(kind)
         if not (isinstance(kind, type) and issubclass(kind, BaseSampler)):
             raise InvalidInputError(
                 f"sampler is {self.sampler!r}; legal: {', '.join(SAMPLERS)}, or a subclass of optuna's BaseSampler"
             )
         if issubclass(kind, CmaEsSampler):
-            raise InvalidInputError(
-                "CMA-ES hands categorical parameters to random sampling, and every choice of a space is one: it would "
-                f"be random search by another name; legal: {', '.join(SAMPLERS)}, or another sampler class"
-            )
+            if kind not in (CmaEs, CmaEsSampler):
+                raise InvalidInputError(
+                    f"{kind.__name__} keeps its state as a pickle, which a study's folder must not hold; legal: "
+                    "'cmaes', or a sampler that is no CmaEsSampler"
+                )
+            for name in NOT_JSON:
+                if self.options.get(name):
+                    raise InvalidInputError(f"options of cmaes have {name}, which is not supported here; leave it out")
         arguments = inspect.signature(kind).parameters
         if "seed" not in arguments:
             raise InvalidInputError(f"{kind.__name__} takes no seed, so its proposals could not be repeated")
@@ -103,8 +167,13 @@ class OptunaSearch:
             )
         object.__setattr__(self, "options", dict(self.options))
 
+    @property
+    def _kind(self) -> Any:
+        kind = SAMPLERS[self.sampler] if isinstance(self.sampler, str) else self.sampler
+        return CmaEs if kind is CmaEsSampler else kind
+
     def _make(self, seed: int) -> BaseSampler:
-        kind: Any = SAMPLERS[self.sampler] if isinstance(self.sampler, str) else self.sampler
+        kind = self._kind
         made: BaseSampler = kind(**self.options, seed=seed)
         return made
 
@@ -119,14 +188,22 @@ class OptunaSearch:
             rng: The only source of randomness; the sampler is made anew with a seed drawn from it.
 
         Raises:
-            UnsupportedError: A group has too many combinations to be one parameter.
+            UnsupportedError: A group has too many combinations to be one parameter; or the sampler is ``cmaes``, and
+                the package is missing, there are several objectives, or a choice is not one of numbers in order.
         """
         space = history.space
         if history.distinct >= space.size():
             return None
-        mirror = _MIRRORS.get(history)
-        if mirror is None:
-            mirror = _MIRRORS[history] = _Mirror(history)
+        form: Form = "value"
+        if self._kind is CmaEs:
+            _check_cmaes(history)
+            form = "ordered"
+        elif issubclass(self._kind, optuna.samplers.BruteForceSampler):
+            form = "index"
+        mirrors = _MIRRORS.setdefault(history, {})
+        if form not in mirrors:
+            mirrors[form] = _Mirror(history, form)
+        mirror = mirrors[form]
         mirror.update(history)
 
         notes: dict[str, Any] = {}
@@ -155,15 +232,25 @@ class _Categorical(CategoricalDistribution):
     __hash__ = CategoricalDistribution.__hash__
 
 
-class _Encoding:
-    """Architectures as independent categorical parameters, and back."""
+Form: TypeAlias = Literal["value", "ordered", "index"]
+"""What a sampler gets of numbers in order.
 
-    def __init__(self, space: SearchSpace) -> None:
-        self._choices = {name: tuple(options) for name, options in space.choices.items()}
+``value``: of a range its values, and options of a tuple as categories. ``ordered``: of a range its values, of options
+that rise or fall their index. ``index``: of a range its index, and options of a tuple as categories.
+"""
+
+
+class _Encoding:
+    """Architectures as independent parameters, and back."""
+
+    def __init__(self, space: SearchSpace, form: Form = "value") -> None:
+        self._choices = {
+            name: options if isinstance(options, Range) else tuple(options) for name, options in space.choices.items()
+        }
         self._groups = dict(space.choice_groups)
         self._combinations: dict[str, dict[str, tuple[str, ...]]] = {}
         self._slots: dict[str, tuple[Option, ...]] = {}
-        values: dict[str, tuple[Option, ...]] = dict(self._choices)
+        values: dict[str, Sequence[Option]] = dict(self._choices)
         for key, group in self._groups.items():
             ways = math.comb(len(group.names), group.pick)
             if ways > MAX_COMBINATIONS:
@@ -179,9 +266,16 @@ class _Encoding:
             # A colon is in no choice's name, so these cannot collide with one.
             values[f"{key}:on"] = tuple(self._combinations[key])
             values.update({f"{key}:{slot}": self._slots[key] for slot in range(group.pick)})
-        self.distributions: dict[str, BaseDistribution] = {
-            name: _Categorical(options) for name, options in values.items() if len(options) > 1
-        }
+        self.distributions: dict[str, BaseDistribution] = {}
+        self._indexed: dict[str, Sequence[Option]] = {}
+        for name, options in values.items():
+            if len(options) == 1:
+                continue
+            if (form == "index" and isinstance(options, Range)) or (form == "ordered" and _in_order(options)):
+                self._indexed[name] = options
+                self.distributions[name] = IntDistribution(0, len(options) - 1)
+            else:
+                self.distributions[name] = _distribution(options)
         self._single = {name: options[0] for name, options in values.items() if len(options) == 1}
 
     def _on(self, name: str, group: Group) -> tuple[Option, ...]:
@@ -193,11 +287,18 @@ class _Encoding:
             on = [name for name in group.names if genes[name] != group.off]
             values[f"{key}:on"] = "+".join(on)
             values.update({f"{key}:{slot}": genes[name] for slot, name in enumerate(on)})
-        return {name: values[name] for name in self.distributions}
+        indexed = self._indexed
+        return {
+            name: indexed[name].index(values[name]) if name in indexed else values[name] for name in self.distributions
+        }
 
     def genes(self, params: Mapping[str, Any]) -> dict[str, Option]:
         values = {**self._single, **params}
-        genes = {name: values[name] for name in self._choices if name in values}
+        values.update({name: options[int(params[name])] for name, options in self._indexed.items()})
+        genes: dict[str, Option] = {}
+        for name, options in self._choices.items():
+            if name in values:
+                genes[name] = options.nearest(values[name]) if isinstance(options, Range) else values[name]
         for key, group in self._groups.items():
             genes.update(dict.fromkeys(group.names, group.off))
             for slot, name in enumerate(self._combinations[key][values[f"{key}:on"]]):
@@ -228,8 +329,8 @@ class _Storage(InMemoryStorage):
 class _Mirror:
     """A history as Optuna sees it. Only what changed is brought over; the rest stays."""
 
-    def __init__(self, history: History) -> None:
-        self.encoding = _Encoding(history.space)
+    def __init__(self, history: History, form: Form = "value") -> None:
+        self.encoding = _Encoding(history.space, form)
         self._directions = [
             StudyDirection.MAXIMIZE if objective.direction == "maximise" else StudyDirection.MINIMIZE
             for objective in history.objectives
@@ -317,7 +418,51 @@ def _limits(trial: Trial, history: History) -> dict[str, float]:
     return excesses
 
 
-_MIRRORS: WeakKeyDictionary[History, _Mirror] = WeakKeyDictionary()
+def _distribution(options: Sequence[Option]) -> BaseDistribution:
+    """The parameter of a choice: real or whole for a range, else categorical."""
+    if not isinstance(options, Range):
+        return _Categorical(tuple(options))
+    low, high = options[0], options[-1]
+    if isinstance(options, Int) and not (options.log and options.step > 1):
+        return IntDistribution(low, high, log=options.log, step=options.step)
+    return FloatDistribution(low, high, log=options.log)
+
+
+def _in_order(options: Sequence[Option]) -> bool:
+    """Whether these are options of a tuple, three numbers or more, that rise or fall."""
+    if isinstance(options, Range) or len(options) < 3 or not all(is_number(option) for option in options):
+        return False
+    pairs = list(pairwise(options))
+    return all(a < b for a, b in pairs) or all(a > b for a, b in pairs)  # type: ignore[operator]
+
+
+def _check_cmaes(history: History) -> None:
+    """Refuse what CMA-ES would do by random sampling, without a word, or not at all."""
+    space = history.space
+    if find_spec("cmaes") is None:
+        raise UnsupportedError("the sampler cmaes needs the package cmaes, which is not installed: pip install cmaes")
+    if len(history.objectives) > 1:
+        names = ", ".join(map(str, history.objectives))
+        raise UnsupportedError(f"CMA-ES has one objective; this search has {names}. nsga2, nsga3, tpe and gp take more")
+    if space.choice_groups:
+        raise UnsupportedError(
+            f"CMA-ES moves along numbers in order; {space.name} has the groups {', '.join(space.choice_groups)}, of "
+            f"which some members are picked. Legal for it: {', '.join(name for name in SAMPLERS if name != 'cmaes')}"
+        )
+    wrong = [
+        name
+        for name, options in space.choices.items()
+        if len(options) > 1 and not isinstance(options, Range) and not _in_order(options)
+    ]
+    if wrong:
+        raise UnsupportedError(
+            f"CMA-ES moves along numbers in order: ranges, or three options or more that rise or fall. In {space.name} "
+            f"{', '.join(wrong)} {'is' if len(wrong) == 1 else 'are'} neither, and would be drawn at random. Legal: "
+            f"{', '.join(name for name in SAMPLERS if name != 'cmaes')}"
+        )
+
+
+_MIRRORS: WeakKeyDictionary[History, dict[Form, _Mirror]] = WeakKeyDictionary()
 _NO_TIME = datetime(1970, 1, 1)  # samplers do not look at it
 
 

@@ -11,7 +11,7 @@ from nasplat.strategy import Evaluate, History
 
 @dataclass(frozen=True)
 class RandomSearch:
-    """Draws architectures from the space, each at most once. Ends when the space is exhausted."""
+    """Random search: draws architectures from the space, each at most once. Ends when the space is exhausted."""
 
     def propose(self, history: History, rng: np.random.Generator) -> Evaluate | None:
         """An architecture that was not proposed before; None when there is none left (``History.draw_new``).

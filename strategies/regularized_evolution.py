@@ -9,7 +9,6 @@ import numpy as np
 
 from nasplat.architecture import Architecture
 from nasplat.errors import InvalidInputError
-from nasplat.objectives import front
 from nasplat.strategy import Evaluate, History, Trial
 
 TRIES = 10
@@ -21,8 +20,11 @@ class RegularizedEvolution:
     """Mutates the winner of a tournament among the latest trials: an architecture dies of age, not of being worse.
 
     With several objectives the winner is drawn among the non-dominated of the tournament. A feasible trial beats one
-    that breaks a limit, and a smaller violation a larger one. Failed trials are in no tournament; trials that a cheap
-    limit ended are, as long as nothing has been scored.
+    that breaks a limit, and a smaller violation a larger one. Failed and stopped trials are in no tournament; trials
+    that a cheap limit ended are, as long as nothing has been scored.
+
+    Two things are not as in the paper: a child that was proposed before is not proposed again, and a free worker does
+    not wait until all of the first population have ended.
 
     Attributes:
         population: Number of random architectures to start with, and of latest trials that the tournament draws from.
@@ -80,11 +82,7 @@ class RegularizedEvolution:
 
     def _winner(self, history: History, trials: Sequence[Trial], rng: np.random.Generator) -> Trial:
         drawn = [trials[int(index)] for index in rng.integers(len(trials), size=self.sample)]
-        violations = [history.violation(trial) for trial in drawn]
-        least = min(violations)
-        best = [trial for trial, violation in zip(drawn, violations, strict=True) if violation == least]
-        if least == 0.0:
-            best = [best[index] for index in front([history.losses(trial) for trial in best])]
+        best = [trial for trial, (rank, _) in zip(drawn, history.standing(drawn), strict=True) if rank == 0]
         return best[int(rng.integers(len(best)))]
 
 

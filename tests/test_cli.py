@@ -19,7 +19,7 @@ from nasplat import cli, journal
 from nasplat.errors import InvalidInputError
 from nasplat.task import Task
 from search_spaces import Bats
-from strategies import Darts, OneShot, OptunaSearch, RegularizedEvolution
+from strategies import BatsSearch, Darts, OneShot, OptunaSearch, RegularizedEvolution
 
 TINY = ["--space", "bats", "-s", "cells=1", "--task", "digits", "-t", "epochs=1", "-t", "limit=60"]
 """The quickest study: one cell, 60 images, one epoch."""
@@ -74,7 +74,9 @@ def test_spaces_are_listed_with_parameters_and_presets() -> None:
 
 def test_strategies_are_listed_with_explorers() -> None:
     text = call("strategies").stdout
-    assert all(name in text for name in ("random_search", "regularized_evolution", "optuna", "one_shot", "darts:bats"))
+    assert all(
+        name in text for name in ("random_search", "regularized_evolution", "optuna", "one_shot", "bats_search:small")
+    )
     assert "population" in text and "(required)" in text
 
 
@@ -127,11 +129,39 @@ def test_wrong_values_are_named(text: str, annotation: Any) -> None:
         ("strategies", "regularized_evolution", {"population": "5"}, RegularizedEvolution(population=5)),
         ("strategies", "optuna", {"sampler": "nsga2"}, OptunaSearch("nsga2")),
         ("strategies", "one_shot", {"explorer": "darts", "explorer.epochs": "3"}, OneShot(Darts(epochs=3))),
-        ("strategies", "one_shot", {"explorer": "darts:bats"}, OneShot(Darts.bats())),
+        ("strategies", "one_shot", {"explorer": "bats_search"}, OneShot(BatsSearch.small())),
+        ("strategies", "one_shot", {"explorer": "bats_search:paper"}, OneShot(BatsSearch())),
+        (
+            "strategies",
+            "one_shot",
+            {"explorer": "bats_search", "explorer.epochs": "3", "explorer.stages": "[]", "explorer.early_stop": "none"},
+            OneShot(BatsSearch.small(epochs=3, stages=())),
+        ),
+        (
+            "strategies",
+            "one_shot",
+            {
+                "explorer": "darts",
+                "explorer.order": "second",
+                "explorer.partial": "2",
+                "explorer.alpha_betas": "0.5,0.9",
+            },
+            OneShot(Darts(order="second", partial=2, alpha_betas=(0.5, 0.9))),
+        ),
     ],
 )
 def test_plugins_are_made_from_text(group: str, reference: str, given: dict[str, str], made: Any) -> None:
     assert cli._plugin(f"nasplat.{group}", reference, given) == made
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [("stages", '[{"cells": 5}]'), ("stages", "5"), ("early_stop", "true"), ("resource", '{"target": 1}')],
+)
+def test_what_only_python_can_make_says_so(name: str, text: str) -> None:
+    given = {"explorer": "darts", f"explorer.{name}": text}
+    with pytest.raises(InvalidInputError, match=f"{name}.*(made in Python|legal|is needed)"):
+        cli._plugin("nasplat.strategies", "one_shot", given)
 
 
 def test_tasks_are_made_from_text() -> None:

@@ -9,7 +9,7 @@ from nasplat import Count, Latency, Task, at_most, maximise, plugins
 from nasplat.errors import UnknownPluginError, UnsupportedError
 from nasplat.identity import canonical, describe, restore
 from search_spaces import Bats
-from strategies import Darts, OneShot, OptunaSearch, RandomSearch, RegularizedEvolution
+from strategies import BatsSearch, Darts, OneShot, OptunaSearch, RandomSearch, RegularizedEvolution
 
 
 def test_the_projects_own_plugins_come_in_through_the_door():
@@ -46,7 +46,7 @@ def test_two_packages_with_one_name_are_an_error(monkeypatch):
     "value",
     [
         Bats.small(), Bats.imagenet(wide=True), RandomSearch(), RegularizedEvolution(population=3, crossover=0.5),
-        OptunaSearch("nsga2", {"population_size": 4}), OneShot(Darts.bats(epochs=12)), Latency(batch=2), Count(0),
+        OptunaSearch("nsga2", {"population_size": 4}), OneShot(BatsSearch(epochs=12)), Latency(batch=2), Count(0),
         Task.fashion_mnist(epochs=1, size=16, augment=("flip",)), maximise("val_accuracy"), at_most("params", 3),
     ],
     ids=lambda value: type(value).__name__,

@@ -15,8 +15,14 @@ from torch import nn
 from nasplat import Architecture, Count, Evaluate, Explore, Report, SearchSpace, Task, at_most, space_from
 from nasplat import worker as module
 from nasplat.cost import Bench, Measurement
+from nasplat.errors import InvalidInputError
+from nasplat.nn import set_binarisation
 from nasplat.search import Assignment, Outcome
-from nasplat.worker import Worker, load_checkpoint, save_checkpoint, trial_folder
+from nasplat.strategy import proposal_to_json
+from nasplat.testing.landscapes import TinyCell
+from nasplat.weight_sharing import inherited
+from nasplat.worker import Worker, load_checkpoint, save_checkpoint, save_weights, trial_folder
+from search_spaces import Bats, MetaKernel
 
 SPACE = Mlp()
 SMALL = SPACE.architecture({"width": 4, "depth": 1, "act": "relu", "norm": True})
@@ -467,6 +473,25 @@ def test_an_exploration_stops_when_asked_and_goes_on_after_a_kill(worker):
     assert [r.step for r in reports] == [2, 3] and outcome.state == "complete"
 
 
+@dataclass(frozen=True)
+class KilledAtTheEnd:
+    """Ends as if killed after the report and the save of its last epoch, the first time."""
+
+    def explore(self, space, task, rng, context):
+        if context.load() is None:
+            yield Report(1, {"train_loss": 0.25})
+            context.save({})
+            raise KeyboardInterrupt
+        return [SMALL]
+
+
+def test_an_exploration_killed_after_its_last_epoch_keeps_its_metrics(worker):
+    with pytest.raises(KeyboardInterrupt):
+        explore(worker, KilledAtTheEnd())
+    reports, outcome = explore(worker, KilledAtTheEnd())
+    assert reports == [] and without_seconds(outcome.metrics) == {"train_loss": 0.25}
+
+
 @pytest.mark.parametrize(
     ("explorer", "reason"),
     [
@@ -490,3 +515,177 @@ def test_lazy_layers_are_made_before_anything_is_measured(tmp_path):
     _, outcome = run(worker, assignment(architecture=space.architecture({"channels": 4, "kernel": 3})))
     assert outcome.state == "complete", outcome.traceback
     assert outcome.metrics["params"] == 4 * 9 + 8 + 4 * 16 * 10 + 10
+
+
+# Paths of an explored supernet.
+
+
+CELL = TinyCell()
+
+
+@dataclass(frozen=True)
+class Warm:
+    """Keeps a supernet whose batch norm has seen shifted data; or weights that are no whole supernet's."""
+
+    drop: str = ""
+
+    def explore(self, space, task, rng, context):
+        supernet = space.supernet().train()
+        relaxed = {name: torch.full((len(options),), 1 / len(options)) for name, options in space.choices.items()}
+        for _ in range(20):
+            supernet(torch.randn(32, 1, 8, 8) + 2, relaxed)
+        yield Report(1, {"train_loss": 1.0})
+        context.keep({name: value for name, value in supernet.state_dict().items() if name != self.drop})
+        return [space.sample(rng)]
+
+
+@pytest.fixture
+def explored(tmp_path):
+    """A worker with an explored supernet of TinyCell as trial 0."""
+    worker = Worker(CELL, Task.digits(limit=100, batch_size=32), tmp_path, meters=(Count(),))
+    assert explore(worker, Warm())[1].state == "complete"
+    return worker
+
+
+def on_path(worker, number, seed=0, **proposal):
+    architecture = CELL.sample(np.random.default_rng(seed))
+    reports, outcome = run(worker, assignment(number, architecture, budget=0.0, weights_of=0, **proposal))
+    assert reports == []
+    return without_seconds(outcome.metrics) if outcome.state == "complete" else outcome
+
+
+def test_inherited_weights_are_scored_as_the_path_of_the_supernet(explored):
+    architecture = CELL.sample(np.random.default_rng(0))
+    metrics = on_path(explored, 1)
+    supernet = CELL.supernet()
+    supernet.load_state_dict(load_file(trial_folder(explored.folder, 0) / "weights.safetensors"))
+    held = explored.task.load().validation
+    with torch.no_grad():
+        logits = supernet.eval()(held.x, CELL.relax(architecture))
+    scores = explored.task.score(logits, held.y, "val")
+    assert metrics["val_loss"] == pytest.approx(scores["val_loss"], rel=1e-5)
+    assert metrics["val_accuracy"] == scores["val_accuracy"]
+    # Costs are the built network's; nothing of a path is kept.
+    assert metrics["params"] == sum(p.numel() for p in CELL.build(architecture).parameters())
+    assert not trial_folder(explored.folder, 1).exists()
+
+
+def test_recalibration_changes_the_score_and_leaves_the_supernet_alone(explored):
+    plain = on_path(explored, 1)
+    recalibrated = on_path(explored, 2, recalibrate=3)
+    assert recalibrated["val_loss"] < plain["val_loss"]  # its statistics were of shifted data
+    assert on_path(explored, 3) == plain
+    assert on_path(explored, 4, recalibrate=3) == recalibrated  # by the seed, not by what was scored before
+    fewer = on_path(explored, 5, recalibrate=1)
+    assert fewer["val_loss"] not in (plain["val_loss"], recalibrated["val_loss"])
+
+
+def test_the_last_supernet_is_loaded_once_and_a_new_one_instead_of_it(explored, monkeypatch):
+    made = []
+    original = TinyCell.supernet
+    monkeypatch.setattr(TinyCell, "supernet", lambda self: made.append(1) or original(self))
+    scores = [on_path(explored, number)["val_loss"] for number in (1, 2)]
+    assert len(made) == 1 and scores[0] == scores[1]
+    file = trial_folder(explored.folder, 0) / "weights.safetensors"
+    state = load_file(file)
+    save_weights({**state, "head.bias": state["head.bias"] + torch.arange(10.0)}, file)
+    assert on_path(explored, 3)["val_loss"] != scores[0]
+    assert len(made) == 2
+
+
+def test_the_score_of_a_path_is_that_of_a_fresh_process(explored, monkeypatch):
+    warm = [on_path(explored, number, number, recalibrate=2) for number in (1, 2)]
+    monkeypatch.setattr(inherited, "_LAST", [])
+    assert on_path(explored, 3, 2, recalibrate=2) == warm[1]
+
+
+def test_weights_that_are_not_of_the_whole_supernet_are_refused_in_words(explored):
+    assert explore(explored, Warm(drop="head.bias"))[1].state == "complete"
+    outcome = on_path(explored, 1)
+    assert outcome.state == "failed"
+    assert "1 tensors differ, first: head.bias is missing" in outcome.reason and "budget above 0" in outcome.reason
+    (trial_folder(explored.folder, 0) / "weights.safetensors").unlink()
+    assert "kept no weights" in on_path(explored, 2).reason
+
+
+def test_a_cheap_limit_ends_a_path_before_it_is_scored(explored):
+    limited = replace(explored, constraints=(at_most("params", 10),))
+    outcome = on_path(limited, 1)
+    assert outcome.state == "infeasible" and "val_loss" not in outcome.metrics
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A meter that needs trained weights."""
+
+    metrics = ("weight",)
+    trained = True
+
+    def measure(self, model, example, bench):
+        return Measurement({"weight": float(model.stem.norm.running_mean.sum())}, {"weight": [1.0]})
+
+
+def test_meters_that_need_weights_get_the_inherited_ones(tmp_path):
+    space = MetaKernel.small(stages=((8, 1, 2),), head_channels=8)
+    worker = Worker(space, Task.digits(limit=64), tmp_path, meters=(Weight(),))
+    explore(worker, Warm())
+    given = assignment(1, space.sample(np.random.default_rng(0)), budget=0.0, weights_of=0)
+    _, outcome = run(worker, given)
+    assert outcome.state == "complete", outcome.traceback
+    state = load_file(trial_folder(tmp_path, 0) / "weights.safetensors")
+    assert outcome.metrics["weight"] == pytest.approx(float(state["stem.norm.running_mean"].sum()))
+    assert (trial_folder(tmp_path, 1) / "samples.json").exists()
+
+
+@pytest.mark.parametrize(
+    "space",
+    [
+        MetaKernel.small(stages=((8, 1, 2),), head_channels=8),
+        Bats(cells=2, channels=4, groups=2, in_channels=1, stem_stride=2),
+    ],
+    ids=["meta_kernel", "bats"],
+)
+def test_a_path_scores_as_the_built_network_that_inherits(space, tmp_path):
+    worker = Worker(space, Task.digits(limit=64, size=16), tmp_path)
+    explore(worker, Warm())
+    state = load_file(trial_folder(tmp_path, 0) / "weights.safetensors")
+    held = worker.task.load().validation
+    for number in range(1, 4):
+        architecture = space.sample(np.random.default_rng(number))
+        _, outcome = run(worker, assignment(number, architecture, budget=0.0, weights_of=0))
+        model = space.inherit(space.build(architecture), None, state)
+        set_binarisation(model, weights=False)  # as in the supernet
+        with torch.no_grad():
+            scores = worker.task.score(model.eval()(held.x), held.y, "val")
+        assert outcome.metrics["val_loss"] == pytest.approx(scores["val_loss"], rel=1e-3)
+
+
+def test_a_built_network_can_be_recalibrated_too(worker):
+    run(worker, assignment(0))
+    plain, recalibrated = (
+        run(worker, assignment(number, source=SMALL, budget=0.0, weights_of=0, recalibrate=count))[1].metrics
+        for number, count in ((1, 0), (2, 4))
+    )
+    assert plain["val_loss"] != recalibrated["val_loss"]
+    model = SPACE.build(SMALL)
+    model.load_state_dict(load_file(trial_folder(worker.folder, 0) / "weights.safetensors"))
+    module.recalibrate(model, module.calibration_batches(worker.task, 4, 7, torch.device("cpu")))
+    held = worker.task.load().validation
+    scores = worker.task.score(model.eval()(held.x).detach(), held.y, "val")
+    assert recalibrated["val_loss"] == pytest.approx(scores["val_loss"])
+    trained = run(worker, assignment(3, recalibrate=4))
+    assert trained[1].metrics["val_loss"] != trained[0][-1].metrics["val_loss"]
+    assert trained[1].metrics["train_loss"] == trained[0][-1].metrics["train_loss"]
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"recalibrate": -1}, {"recalibrate": 1.0}, {"recalibrate": True}, {"budget": 0.0, "recalibrate": 2}]
+)
+def test_a_wrong_recalibration_is_refused(wrong):
+    with pytest.raises(InvalidInputError, match="recalibrate"):
+        Evaluate(SMALL, **wrong)
+
+
+def test_recalibration_is_in_the_record_where_it_is_asked_for():
+    assert proposal_to_json(Evaluate(SMALL, 0.0, 3, recalibrate=5))["recalibrate"] == 5
+    assert "recalibrate" not in proposal_to_json(Evaluate(SMALL))

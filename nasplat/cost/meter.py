@@ -1,14 +1,17 @@
-"""What measures a cost: the protocol, and what a measurement holds."""
+"""What measures a network: the protocols, and what a measurement holds."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 from torch import Tensor, nn
 
 from nasplat.cost.bench import Bench
+
+Loss: TypeAlias = Callable[[Any, Tensor], Tensor]
+"""``loss(outputs, targets)``, a scalar."""
 
 
 @dataclass(frozen=True)
@@ -55,3 +58,49 @@ class CostMeter(Protocol):
             bench: Where measuring is exclusive: time in ``with bench.measuring():``.
         """
         ...
+
+
+@runtime_checkable
+class BatchMeter(Protocol):
+    """Measures a built network with a batch of training data and the task's loss. A frozen dataclass.
+
+    Every candidate of a study, and of every other study on the same data, is measured with the same examples, so that
+    what differs is the candidate.
+
+    Attributes:
+        metrics: Names of the values that it gives.
+        trained: As of :class:`CostMeter`.
+        examples: Examples that it needs.
+    """
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """Names of the values that it gives."""
+        ...
+
+    @property
+    def trained(self) -> bool:
+        """Whether it needs trained weights."""
+        ...
+
+    @property
+    def examples(self) -> int:
+        """Examples that it needs. It gets fewer where the training data has fewer."""
+        ...
+
+    def measure_batch(self, model: nn.Module, x: Tensor, y: Tensor, loss: Loss, bench: Bench) -> Measurement:
+        """Measure, and leave the model as it was.
+
+        Args:
+            model: The built network, never a path through a supernet.
+            x: Inputs ``(n, ...)`` on the model's device.
+            y: Targets ``(n, ...)`` on the model's device.
+            loss: The task's: ``loss(outputs, y)``.
+            bench: Where measuring is exclusive. What measures no time computes in ``with bench.training():``, which
+                waits while a measurement runs.
+        """
+        ...
+
+
+Meter: TypeAlias = CostMeter | BatchMeter
+"""What a study takes as a meter."""

@@ -11,11 +11,21 @@ import numpy as np
 from nasplat.architecture import Architecture
 from nasplat.errors import CandidateError
 from nasplat.space import SearchSpace
-from nasplat.strategy import Explore, Explorer, History, Proposal, Strategy, Trial, proposal_to_json
-from nasplat.testing.landscapes import Landscape, Score
+from nasplat.strategy import (
+    Evaluate,
+    Explore,
+    Explorer,
+    History,
+    Proposal,
+    Report,
+    Strategy,
+    Trial,
+    proposal_to_json,
+)
+from nasplat.testing.landscapes import Landscape
 
 Event: TypeAlias = tuple[str, Any, dict[str, Any]]
-"""``("start", trial, {})`` or ``("finish", number, outcome)``."""
+"""``("start", trial, {})``, ``("report", number, metrics)`` or ``("finish", number, outcome)``."""
 
 Find = Callable[[Explorer, SearchSpace, np.random.Generator], Sequence[Architecture]]
 """Stands in for an explorer's training."""
@@ -61,9 +71,10 @@ def drive(
     fails: Callable[[int], bool] = lambda number: False,
     cheap: Collection[str] = (),
     find: Find = lambda explorer, space, rng: [space.sample(rng)],
+    epochs: int = 0,
     run: Run | None = None,
 ) -> Run:
-    """Search a landscape. Which running trial ends next is drawn from the seed and the number of finished ones.
+    """Search a landscape. Which running trial goes on next is drawn from the seed and how far the search is.
 
     Args:
         strategy: What proposes.
@@ -74,10 +85,13 @@ def drive(
         fails: Whether the trial of this number fails.
         cheap: Metrics known before training: a limit on one of them, broken, ends a trial as infeasible.
         find: What an exploration finds.
+        epochs: Of the full training. An evaluation reports after each of its epochs what the landscape has for that
+            budget, and the strategy's ``keep`` may end it there; 0 reports nothing.
         run: A run to go on with; None starts afresh.
     """
     run = run or Run(landscape.history())
     history = run.history
+    keep: Callable[[Trial, History], bool] | None = getattr(strategy, "keep", None)
     while True:
         while len(history.running) < in_flight and len(history) < trials:
             number = len(history)
@@ -89,9 +103,47 @@ def drive(
         running = history.running
         if not running:
             return run
-        order = np.random.default_rng([seed, len(history.finished()), 1])
+        reported = [sum(len(trial.reports) for trial in history.trials)] if epochs else []
+        order = np.random.default_rng([seed, len(history.finished()), 1, *reported])
         trial = running[int(order.integers(len(running)))]
-        _apply(run, ("finish", trial.number, _outcome(trial, history, landscape.score, seed, fails, cheap, find)))
+        failed = fails(trial.number)
+        if epochs and not failed and _report(run, trial, landscape, epochs):
+            last = history.trials[trial.number]
+            if keep is None or keep(last, history):
+                continue
+            if len(last.reports) < _epochs(trial, history, epochs)[1]:
+                outcome = {"state": "stopped", "metrics": dict(last.reports[-1]), "reason": "ended by keep"}
+                _apply(run, ("finish", trial.number, outcome))
+                continue
+        _apply(run, ("finish", trial.number, _outcome(trial, history, landscape, seed, failed, cheap, find)))
+
+
+def _report(run: Run, trial: Trial, landscape: Landscape, epochs: int) -> bool:
+    """Report the next epoch of an evaluation; False where it has none left."""
+    first, count = _epochs(trial, run.history, epochs)
+    if trial.architecture is None or len(trial.reports) == count:
+        return False
+    budget = (first + len(trial.reports) + 1) / epochs
+    try:
+        metrics = dict(landscape.metrics(trial.architecture, budget))
+    except CandidateError:
+        return False
+    _apply(run, ("report", trial.number, metrics))
+    return True
+
+
+def _epochs(trial: Trial, history: History, epochs: int) -> tuple[int, int]:
+    """The epoch that an evaluation goes on from, and how many it trains, as a worker counts them."""
+    proposal = trial.proposal
+    if isinstance(proposal, Explore):
+        return 0, 0
+    until = max(1, round(proposal.budget * epochs)) if proposal.budget > 0 else 0
+    first = 0
+    if proposal.weights_of is not None:
+        source = history.trials[proposal.weights_of].proposal
+        if isinstance(source, Evaluate) and source.architecture == proposal.architecture:
+            first = max(1, round(source.budget * epochs)) if source.budget > 0 else 0
+    return first, max(0, until - first)
 
 
 def replay(landscape: Landscape, events: Sequence[Event]) -> Run:
@@ -106,6 +158,8 @@ def _apply(run: Run, event: Event) -> None:
     kind, what, outcome = event
     if kind == "start":
         run.history.start(what)
+    elif kind == "report":
+        run.history.report(what, Report(len(run.history.trials[what].reports) + 1, outcome))
     else:
         run.history.finish(what, **outcome)
     run.events.append(event)
@@ -114,22 +168,36 @@ def _apply(run: Run, event: Event) -> None:
 def _outcome(
     trial: Trial,
     history: History,
-    score: Score,
+    landscape: Landscape,
     seed: int,
-    fails: Callable[[int], bool],
+    failed: bool,
     cheap: Collection[str],
     find: Find,
 ) -> dict[str, Any]:
-    if fails(trial.number):
+    if failed:
         return {"state": "failed", "reason": "as asked"}
     if isinstance(trial.proposal, Explore):
         found = find(trial.proposal.explorer, history.space, np.random.default_rng([seed, trial.number, 2]))
         return {"state": "complete", "found": tuple(found)}
     try:
-        metrics = dict(score(trial.proposal.architecture))
+        metrics = dict(landscape.metrics(trial.proposal.architecture, trial.proposal.budget))
     except CandidateError as error:
         return {"state": "failed", "reason": str(error)}
     if any(limit.metric in cheap and limit.violation(metrics) > 0 for limit in history.constraints):
         return {"state": "infeasible", "metrics": {name: metrics[name] for name in cheap}}
-    earlier = next((t for t in history.of(trial.proposal.architecture) if t.state == "complete"), None)
-    return {"state": "complete", "metrics": metrics, "copy_of": earlier.number if earlier else None}
+    return {"state": "complete", "metrics": metrics, "copy_of": _twin(trial.proposal, history)}
+
+
+def _twin(proposal: Evaluate, history: History) -> int | None:
+    """The trial that a search would copy instead of training again."""
+    if proposal.weights_of is not None:
+        return None
+    for trial in history.of(proposal.architecture):
+        other = trial.proposal
+        if (
+            trial.state == "complete"
+            and isinstance(other, Evaluate)
+            and (other.budget, other.weights_of) == (proposal.budget, None)
+        ):
+            return trial.number
+    return None

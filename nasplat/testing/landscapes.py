@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -17,6 +18,9 @@ from nasplat.strategy import History
 Score = Callable[[Architecture], Mapping[str, float]]
 """Metrics of an architecture. May raise, as training may."""
 
+ShortScore = Callable[[Architecture, float], Mapping[str, float]]
+"""Metrics of an architecture after a share of the full training, in [0, 1]."""
+
 
 @dataclass(frozen=True)
 class Landscape:
@@ -28,6 +32,7 @@ class Landscape:
         objectives: What is wanted.
         constraints: Hard limits.
         optimum: Best value of the first objective that keeps the limits.
+        short: Metrics after less than the full training; None is those of the full training, whatever the budget.
     """
 
     space: SearchSpace
@@ -35,10 +40,17 @@ class Landscape:
     objectives: Sequence[Objective] = (maximise("value"),)
     constraints: Sequence[Constraint] = ()
     optimum: float = 1.0
+    short: ShortScore | None = None
 
     def history(self) -> History:
         """An empty history of a search on this landscape."""
         return History(self.space, self.objectives, self.constraints)
+
+    def metrics(self, architecture: Architecture, budget: float = 1.0) -> Mapping[str, float]:
+        """Metrics of an architecture after a share of the full training, in [0, 1]."""
+        if self.short is None or budget >= 1.0:
+            return self.score(architecture)
+        return self.short(architecture, budget)
 
 
 @dataclass(frozen=True)
@@ -107,6 +119,22 @@ def _level_value(architecture: Architecture) -> dict[str, float]:
 def one_max(length: int = 10) -> Landscape:
     """Separable: each of ``length`` choices of four levels is worth the more, the nearer to its right level."""
     return Landscape(Levels(length, 4), _level_value)
+
+
+def short_training(landscape: Landscape, noise: float = 0.1) -> Landscape:
+    """The landscape with a misleading ``value`` below the full training: lower, and the shorter, the noisier.
+
+    At the budget b the value is multiplied by ``b ** 0.2`` and changed by noise of standard deviation
+    ``noise * (1 - b)``, which is the same whenever the same architecture is trained for as long.
+    """
+
+    def short(architecture: Architecture, budget: float) -> dict[str, float]:
+        metrics = dict(landscape.score(architecture))
+        rng = np.random.default_rng([int(architecture.id, 16), round(budget * 1e6)])
+        metrics["value"] = metrics["value"] * budget**0.2 + noise * (1 - budget) * float(rng.standard_normal())
+        return metrics
+
+    return replace(landscape, short=short)
 
 
 def _edge_value(architecture: Architecture) -> dict[str, float]:

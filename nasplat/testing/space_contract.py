@@ -38,6 +38,7 @@ from torch import Tensor, nn
 from nasplat.architecture import Architecture
 from nasplat.errors import ArchitectureError, UnsupportedError
 from nasplat.nn import set_binarisation
+from nasplat.ranges import Range
 from nasplat.space import SearchSpace, Supernet
 
 # Rebuilds the space from its fields, so that nothing computed in the first process comes along.
@@ -210,7 +211,7 @@ class SpaceContract:
         for name, options in space.choices.items():
             with pytest.raises(ArchitectureError) as caught:
                 space.architecture({**genes, name: "no such option"})
-            for part in (name, *map(repr, options)):
+            for part in (name, *([repr(options)] if isinstance(options, Range) else map(repr, options))):
                 assert part in str(caught.value), f"the error about {name!r} does not mention {part}"
             with pytest.raises(ArchitectureError, match=re.escape(name)):
                 space.architecture({key: gene for key, gene in genes.items() if key != name})

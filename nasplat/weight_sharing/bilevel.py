@@ -12,6 +12,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 
 from nasplat import seeding
 from nasplat.architecture import Architecture
-from nasplat.checks import is_whole
+from nasplat.checks import is_number, is_whole, sequence
 from nasplat.cost.resource import Resource
 from nasplat.data.sources import Source
 from nasplat.errors import InvalidInputError, NonFiniteError, UnsupportedError
@@ -80,6 +81,19 @@ class Moment:
         """From 0 in the first epoch of the stage to 1 in the last."""
         return (self.epoch - 1) / max(self.epochs - 1, 1)
 
+    @cached_property
+    def alike(self) -> dict[tuple[int, float], tuple[str, ...]]:
+        """The choices, by the number of their alive options and the temperature that the space names.
+
+        Those that agree in both can be computed as rows of one tensor.
+        """
+        named = self.space.temperatures()
+        alike: dict[tuple[int, float], tuple[str, ...]] = {}
+        for name, options in self.alive.items():
+            key = len(options), named.get(name, 1.0)
+            alike[key] = (*alike.get(key, ()), name)
+        return alike
+
 
 @dataclass
 class Run:
@@ -92,6 +106,7 @@ class Run:
         optimiser: Of the weights.
         parameters: The architecture parameters, all leaves with a gradient.
         loss: Training loss of a batch under mixtures with a weight per alive option.
+        places: Where the alive options stand among all options of all choices; None where all are alive.
     """
 
     moment: Moment
@@ -100,6 +115,21 @@ class Run:
     optimiser: torch.optim.Optimizer
     parameters: dict[str, Tensor]
     loss: Callable[[Batch, Relaxed], Tensor]
+    places: Tensor | None = None
+
+    def full(self, mixture: Relaxed, dropped: float = 0.0) -> dict[str, Tensor]:
+        """A weight for every option of every choice, from mixtures of the alive ones.
+
+        Args:
+            mixture: Per choice shape ``(alive,)``.
+            dropped: The weight of the others.
+        """
+        if self.places is None:
+            return dict(mixture)
+        sizes = {name: len(options) for name, options in self.moment.space.alive(None).items()}
+        weights = torch.cat([mixture[name] for name in sizes])
+        every = weights.new_full((sum(sizes.values()),), dropped).index_copy(0, self.places, weights)
+        return dict(zip(sizes, torch.split(every, list(sizes.values())), strict=True))
 
 
 @dataclass(frozen=True)
@@ -149,34 +179,48 @@ class Bilevel:
     resource: Resource | None = None
 
     def __post_init__(self) -> None:
-        first, second = self.alpha_betas
-        object.__setattr__(self, "alpha_betas", (first, second))
-        object.__setattr__(self, "stages", tuple(self.stages))
+        owner = type(self).__name__
+        for name in ("alpha_betas", "stages"):
+            object.__setattr__(self, name, sequence(owner, name, getattr(self, name)))
+        for name, least in (("epochs", 1), ("batch_size", 2), ("warmup", 0), ("partial", 1)):
+            if not is_whole(getattr(self, name), least):
+                why = "; batch norm needs at least 2 examples" if name == "batch_size" else ""
+                raise InvalidInputError(f"{name} is {getattr(self, name)!r}; legal: an integer from {least} up{why}")
+        if self.warmup >= self.epochs:
+            raise InvalidInputError(f"warmup is {self.warmup} of {self.epochs} epochs; legal: 0 to epochs - 1")
         if self.optimiser not in ("sgd", "adam"):
             raise InvalidInputError(f"optimiser is {self.optimiser!r}; legal: 'sgd', 'adam'")
-        if not 0 <= self.warmup < self.epochs:
-            raise InvalidInputError(f"warmup is {self.warmup} of {self.epochs} epochs; legal: 0 to epochs - 1")
-        if self.batch_size < 2:
-            raise InvalidInputError(f"batch_size is {self.batch_size}; batch norm needs at least 2 examples")
-        if not (self.lr > 0 and 0 <= self.lr_min <= self.lr and self.alpha_lr > 0):
+        for name in ("lr", "alpha_lr", "temperature", "clip"):
+            value = getattr(self, name)
+            none = name in ("temperature", "clip")
+            if not (none and value is None) and not (is_number(value) and value > 0):
+                raise InvalidInputError(f"{name} is {value!r}; legal: {'None, or ' if none else ''}a positive number")
+        if not is_number(self.lr_min) or not 0 <= self.lr_min <= self.lr:
+            raise InvalidInputError(f"lr_min is {self.lr_min!r}; legal: 0 to lr, which is {self.lr}")
+        for name in ("weight_decay", "alpha_weight_decay"):
+            if not is_number(getattr(self, name)) or getattr(self, name) < 0:
+                raise InvalidInputError(f"{name} is {getattr(self, name)!r}; legal: a number from 0 up")
+        if not _is_rate(self.momentum):
+            raise InvalidInputError(f"momentum is {self.momentum!r}; legal: a number from 0 up, below 1")
+        if len(self.alpha_betas) != 2 or not all(map(_is_rate, self.alpha_betas)):
             raise InvalidInputError(
-                f"lr is {self.lr}, lr_min {self.lr_min}, alpha_lr {self.alpha_lr}; "
-                "rates must be positive and lr_min in [0, lr]"
+                f"alpha_betas is {self.alpha_betas!r}; legal: two numbers from 0 up, below 1, such as (0.5, 0.999)"
             )
-        if self.temperature is not None and not self.temperature > 0:
-            raise InvalidInputError(f"temperature is {self.temperature}; it must be positive, or None for the space's")
-        if not is_whole(self.partial):
-            raise InvalidInputError(f"partial is {self.partial!r}; legal: an integer from 1 up")
-        if self.clip is not None and not self.clip > 0:
-            raise InvalidInputError(f"clip is {self.clip}; it must be positive, or None for no clipping")
         for name, kind in (("resource", Resource), ("early_stop", EigenvalueStop)):
             value = getattr(self, name)
             if value is not None and not isinstance(value, kind):
-                raise InvalidInputError(f"{name} is {value!r}; a {kind.__module__}.{kind.__name__}, or None, is needed")
+                raise InvalidInputError(
+                    f"{name} is {value!r}; legal: None, or a {kind.__module__}.{kind.__name__}, made in Python"
+                )
         if not all(isinstance(stage, Stage) for stage in self.stages):
-            raise InvalidInputError(f"stages is {self.stages!r}; a sequence of {Stage.__module__}.Stage is needed")
+            raise InvalidInputError(
+                f"stages is {self.stages!r}; legal: empty, or a sequence of {Stage.__module__}.Stage, made in Python"
+            )
         if self.stages and self.stages[0].options is not None:
-            raise InvalidInputError("the first stage has options; there is no stage before it that could rank them")
+            raise InvalidInputError(
+                f"the first of the stages has options={self.stages[0].options}, and there is none before it that could "
+                "rank them; legal: None"
+            )
 
     # How a member of the family differs.
 
@@ -200,11 +244,12 @@ class Bilevel:
 
         Default: ``softmax(alpha / temperature)``.
         """
-        named = moment.space.temperatures()
-        return {
-            name: torch.softmax(parameters[name] / (self.temperature or named.get(name, 1.0)), dim=0)
-            for name in moment.alive
-        }
+        mixture: dict[str, Tensor] = {}
+        # Choices that are alike as rows of one tensor: a few calls instead of some for each choice.
+        for (_, named), names in moment.alike.items():
+            logits = torch.stack([parameters[name] for name in names]) / (self.temperature or named)
+            mixture.update(zip(names, torch.softmax(logits, dim=1).unbind(), strict=True))
+        return {name: mixture[name] for name in moment.alive}
 
     def draw(self, parameters: Parameters, moment: Moment) -> dict[str, Tensor]:
         """The weights of one training step, drawn from torch's global generator where at all. Default: the mixture."""
@@ -213,6 +258,17 @@ class Bilevel:
     def penalty(self, parameters: Parameters, moment: Moment) -> Tensor | None:
         """What the architecture parameters' loss has besides; a scalar. Default: nothing."""
         return None
+
+    def odds(self, parameters: Parameters, moment: Moment) -> dict[str, Tensor]:
+        """Per choice how often each alive option counts in an expected cost, shape ``(alive,)``.
+
+        Default: the mixture over its sum, so that a choice counts once also where its weights do not sum to 1.
+        """
+        return {name: weights / weights.sum() for name, weights in self.mixture(parameters, moment).items()}
+
+    def metrics(self, run: Run) -> dict[str, float]:
+        """What an epoch reports besides, by name, taken after its last step without gradients. Default: nothing."""
+        return {}
 
     def architecture_gradient(self, run: Run, train: Batch, validation: Batch) -> tuple[Tensor, list[Tensor | None]]:
         """Loss and gradients of the architecture parameters. Default: first order, at the current weights.
@@ -240,12 +296,12 @@ class Bilevel:
         if penalty is not None:
             loss = loss + penalty
         if self.resource is not None:
-            loss = loss + self.resource.loss(self.shares(run))
+            loss = loss + self.resource.loss(run.full(self.odds(parameters, moment)))
         return loss
 
     def shares(self, run: Run) -> Relaxed:
         """The mixture with a weight for every option, dropped ones 0."""
-        return _full(self.mixture(run.parameters, run.moment), run.moment)
+        return run.full(self.mixture(run.parameters, run.moment))
 
     def explore(
         self, space: SearchSpace, task: Task, rng: np.random.Generator, context: Context
@@ -264,8 +320,9 @@ class Bilevel:
             context: Device, progress, checkpoints.
 
         Raises:
-            UnsupportedError: The space has no supernet, or not of the depth or the channels that a stage asks for.
-            InvalidInputError: The resource's table is of another space.
+            UnsupportedError: The space has no supernet, or not of the depth, the options or the channels that a stage
+                asks for; of all stages before the first begins.
+            InvalidInputError: The resource's table is of another space, or the space refuses what a stage asks for.
             NonFiniteError: A loss or an architecture parameter became NaN or infinite.
             ArchitectureError: The space refuses the architecture that was found.
         """
@@ -280,17 +337,20 @@ class Bilevel:
         orders = [torch.Generator().manual_seed(seed) for seed in seeds[:2]]
 
         alive = space.alive(None)
+        stages = self.stages or (Stage(),)
+        spaces = [self._at_depth(space, stage) for stage in stages]
         state = context.load()
         begin, steps = 0, 0
-        if state is not None:
+        if state is None:
+            self._try_later(spaces, stages)
+        else:
             begin = int(state["stage"])
             alive = {name: tuple(options) for name, options in state["alive"].items()}
-        stage_of = self.stages or (Stage(),)
         work: _Work | None = None
-        for index in range(begin, len(stage_of)):
+        for index in range(begin, len(stages)):
             if work is not None:
-                alive = self._survivors(work.run, stage_of[index].options)
-            work = _Work(self, self._at_depth(space, stage_of[index]), task, alive, stage_of[index], context)
+                alive = self._survivors(work.run, stages[index].options)
+            work = _Work(self, spaces[index], task, alive, stages[index], context)
             work.begin(np.random.default_rng(seeds[2 + index]))
             if state is not None:
                 work.load(state, orders)
@@ -308,28 +368,46 @@ class Bilevel:
 
     def _result(self, space: SearchSpace, run: Run, context: Context) -> list[Architecture]:
         context.keep(run.supernet.state_dict())
-        return [space.discretise({name: share.detach().cpu() for name, share in self.shares(run).items()})]
+        with torch.no_grad():
+            # A dropped option stays dropped, also where the weight of an alive one has underflown to 0.
+            shares = run.full(self.mixture(run.parameters, run.moment), dropped=-math.inf)
+        return [space.discretise({name: share.cpu() for name, share in shares.items()})]
 
     def _survivors(self, run: Run, count: int | None) -> dict[str, tuple[Option, ...]]:
         """The ``count`` strongest options of each choice (all where None), in the order of the choice."""
         alive = dict(run.moment.alive)
         for name, mixture in self.mixture(run.parameters, run.moment).items():
-            ranked = sorted(range(len(mixture)), key=lambda index: -float(mixture[index]))
+            weights = mixture.tolist()
+            ranked = sorted(range(len(weights)), key=lambda index: -weights[index])
             alive[name] = tuple(alive[name][index] for index in sorted(ranked[:count]))
         return alive
+
+    def _try_later(self, spaces: Sequence[SearchSpace], stages: Sequence[Stage]) -> None:
+        """Make what later stages ask of the space once, so that what it refuses costs no earlier stage."""
+        with seeding.seeded(0):  # what is drawn here, the run does not see
+            for space, stage in list(zip(spaces, stages, strict=True))[1:]:
+                alive = {name: options[: stage.options] for name, options in space.alive(None).items()}
+                self._supernet(Moment(space, alive, 1, self.epochs), stage)
+
+    def _supernet(self, moment: Moment, stage: Stage) -> Supernet:
+        wanted: dict[str, Any] = {}
+        if dict(moment.alive) != moment.space.alive(None):
+            wanted["keep"] = moment.alive
+        partial = stage.partial or self.partial
+        if partial != 1:
+            wanted["partial"] = partial
+        return moment.space.supernet(**wanted)
 
     def _at_depth(self, space: SearchSpace, stage: Stage) -> SearchSpace:
         if stage.cells is None:
             return space
-        deeper: Any = space
-        try:
-            deeper = dataclasses.replace(deeper, cells=stage.cells)
-        except TypeError as error:
+        if not dataclasses.is_dataclass(space) or "cells" not in {field.name for field in dataclasses.fields(space)}:
             raise UnsupportedError(
-                f"{space.name} has no field 'cells', so a stage cannot have {stage.cells} of them; give cells=None"
-            ) from error
-        assert isinstance(deeper, SearchSpace)
-        if deeper.choices != space.choices:
+                f"{space.name} has no field 'cells', so a stage cannot have {stage.cells} of them; legal: cells=None"
+            )
+        given: Any = space
+        deeper: SearchSpace = dataclasses.replace(given, cells=stage.cells)
+        if deeper.alive(None) != space.alive(None):
             raise UnsupportedError(
                 f"{space.name} with cells={stage.cells} has other choices than with its own depth; legal: depths at "
                 "which every kind of cell occurs"
@@ -357,7 +435,7 @@ class _Work:
         self._task = task
         self._context = context
         self._device = context.device
-        self._partial = stage.partial or strategy.partial
+        self._stage = stage
         self._moment = Moment(space, alive, 1, strategy.epochs)
         self._done = 0
         self._stopped = False
@@ -369,12 +447,7 @@ class _Work:
         parameters = {
             name: value.to(self._device).requires_grad_() for name, value in strategy.initial(moment, rng).items()
         }
-        wanted: dict[str, Any] = {}
-        if dict(moment.alive) != moment.space.alive(None):
-            wanted["keep"] = moment.alive
-        if self._partial != 1:
-            wanted["partial"] = self._partial
-        supernet = moment.space.supernet(**wanted)
+        supernet = strategy._supernet(moment, self._stage)
         lay_out(supernet.to(self._device)).train()
         weights = [parameter for parameter in supernet.parameters() if parameter.requires_grad]
         optimiser: torch.optim.Optimizer
@@ -392,7 +465,13 @@ class _Work:
             weight_decay=strategy.alpha_weight_decay,
             foreach=True,
         )
-        self.run = Run(moment, supernet, weights, optimiser, parameters, self._loss)
+        places = None
+        if dict(moment.alive) != moment.space.alive(None):
+            kept = [
+                option in moment.alive[name] for name, options in moment.space.alive(None).items() for option in options
+            ]
+            places = torch.tensor(kept).nonzero().flatten().to(self._device)
+        self.run = Run(moment, supernet, weights, optimiser, parameters, self._loss, places)
 
     @property
     def over(self) -> bool:
@@ -401,7 +480,7 @@ class _Work:
 
     def _loss(self, batch: Batch, mixture: Relaxed) -> Tensor:
         x, y = batch
-        return self._task.compute_loss(self.run.supernet(x, _full(mixture, self.run.moment)), y)
+        return self._task.compute_loss(self.run.supernet(x, self.run.full(mixture)), y)
 
     def _place(self, batch: tuple[Tensor, Tensor]) -> Batch:
         return place(batch[0], self._device), batch[1].to(self._device)
@@ -461,10 +540,14 @@ class _Work:
                 torch.stack([share.max() / share.sum() for share in shares.values()]).mean()
             )
             if strategy.resource is not None:
-                expected = strategy.resource.table.expected(shares)
+                odds = run.full(strategy.odds(run.parameters, run.moment))
+                expected = strategy.resource.table.expected(odds)
                 metrics[f"expected_{strategy.resource.table.metric}"] = float(expected)
-        if strategy.early_stop is not None and strategy.early_stop.due(self._done):
-            metrics["alpha_eigenvalue"] = self._look(strategy.early_stop, alpha_source)
+            metrics |= strategy.metrics(run)
+        rule = strategy.early_stop
+        # Not in the warm-up: its architecture parameters are nothing to go back to.
+        if rule is not None and self._done > strategy.warmup and rule.due(self._done):
+            metrics["alpha_eigenvalue"] = self._look(rule, alpha_source)
         broken = [f"{name} is {value}" for name, value in metrics.items() if not math.isfinite(value)]
         if broken:
             raise NonFiniteError(f"epoch {run.moment.epoch}: {', '.join(broken)}")
@@ -473,19 +556,24 @@ class _Work:
     def _look(self, rule: EigenvalueStop, alpha_source: Source) -> float:
         """Record the dominant eigenvalue, and go back to an earlier record where the rule says so."""
         run = self.run
-        batch = self._place(next(_batches(alpha_source, rule.batch_size or self._strategy.batch_size, None)))
-        buffers = [buffer.clone() for buffer in run.supernet.buffers()]
+        # The same examples each time, drawn: data may come class by class.
+        order = torch.Generator().manual_seed(0)
+        batch = self._place(next(_batches(alpha_source, rule.batch_size or self._strategy.batch_size, order)))
+        buffers = list(run.supernet.buffers())
+        before = [buffer.clone() for buffer in buffers]
         value = dominant_eigenvalue(
             lambda: self._loss(batch, self._strategy.mixture(run.parameters, run.moment)),
             list(run.parameters.values()),
             self._context.step,
         )
-        with torch.no_grad():
-            for buffer, before in zip(run.supernet.buffers(), buffers, strict=True):
-                buffer.copy_(before)
+        if buffers:
+            with torch.no_grad():
+                torch._foreach_copy_(buffers, before)
         now = {name: parameter.detach().clone() for name, parameter in run.parameters.items()}
         self._records.append({"epoch": self._done, "eigenvalue": value, "parameters": now})
-        back = rule.go_back([record["eigenvalue"] for record in self._records], self._done)
+        back = rule.go_back(
+            [record["eigenvalue"] for record in self._records], [record["epoch"] for record in self._records]
+        )
         if back is not None:
             self._stopped = True
             with torch.no_grad():
@@ -526,16 +614,8 @@ class _Work:
         seeding.set_state(state["generators"])
 
 
-def _full(mixture: Relaxed, moment: Moment) -> dict[str, Tensor]:
-    """A weight for every option of every choice: those that were dropped have none."""
-    full: dict[str, Tensor] = {}
-    for name, options in moment.space.alive(None).items():
-        alive, weights = moment.alive[name], mixture[name]
-        if len(alive) < len(options):
-            places = torch.tensor([options.index(option) for option in alive], device=weights.device)
-            weights = weights.new_zeros(len(options)).index_copy(0, places, weights)
-        full[name] = weights
-    return full
+def _is_rate(value: Any) -> bool:
+    return is_number(value) and 0 <= value < 1
 
 
 def _batches(source: Source, size: int, order: torch.Generator | None) -> Iterator[tuple[Tensor, Tensor]]:

@@ -13,12 +13,16 @@ from strategies.greedy_growth import GreedyGrowth
 
 
 class TestGreedyGrowthContract(StrategyContract):
+    beats_random = False
+
     @pytest.fixture
     def strategy(self):
         return GreedyGrowth(budget=0.5, cost=None)
 
 
 class TestGainPerCostContract(StrategyContract):
+    beats_random = False
+
     @pytest.fixture
     def strategy(self):
         return GreedyGrowth(cost="cost", budget=1.0, rounds=4)

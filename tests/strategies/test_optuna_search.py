@@ -1,20 +1,23 @@
+import json
 import logging
+import math
 import pickle
 from dataclasses import replace
 
 import optuna
 import pytest
-from scipy.stats import wilcoxon
+from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
 from nasplat.errors import InvalidInputError, UnsupportedError
 from nasplat.objectives import maximise
-from nasplat.space import Group
+from nasplat.ranges import Float, Int
+from nasplat.space import Group, space_from
 from nasplat.strategy import Evaluate, Explore, History, Trial, proposal_to_json
 from nasplat.testing.drive import drive, replay, trial_rng
 from nasplat.testing.landscapes import Edges, Landscape, Levels, one_max, one_max_edges, tiny, trade_off
 from nasplat.testing.strategy_contract import StrategyContract
 from strategies import OptunaSearch, RandomSearch
-from strategies.optuna_search import _Encoding, _Mirror
+from strategies.optuna_search import CmaEs, _Encoding, _Mirror
 
 
 class TestTpeContract(StrategyContract):
@@ -24,18 +27,32 @@ class TestTpeContract(StrategyContract):
     def strategy(self):
         return OptunaSearch("tpe", {"n_startup_trials": 6})
 
+    @pytest.mark.slow
+    @pytest.mark.parametrize("known", ["separable", "groups"])
+    def test_beats_random_search(self, strategy, known):
+        """Proposals take milliseconds each."""
+        super().test_beats_random_search(strategy, known)
+
 
 class TestNsga2Contract(StrategyContract):
     trials = 30
+    evaluations = 200  # a genetic algorithm needs its generations
 
     @pytest.fixture
     def strategy(self):
         return OptunaSearch("nsga2", {"population_size": 6})
 
+    @pytest.mark.slow
+    @pytest.mark.parametrize("known", ["separable", "groups"])
+    def test_beats_random_search(self, strategy, known):
+        """Proposals take milliseconds each."""
+        super().test_beats_random_search(strategy, known)
+
 
 @pytest.mark.slow
 class TestNsga3Contract(StrategyContract):
     trials = 30
+    evaluations = 200
 
     @pytest.fixture
     def strategy(self):
@@ -45,6 +62,7 @@ class TestNsga3Contract(StrategyContract):
 @pytest.mark.slow
 class TestGpContract(StrategyContract):
     trials = 12
+    evaluations = 40
 
     @pytest.fixture
     def strategy(self):
@@ -54,6 +72,7 @@ class TestGpContract(StrategyContract):
 @pytest.mark.slow
 class TestQmcContract(StrategyContract):
     trials = 20
+    beats_random = False
 
     @pytest.fixture
     def strategy(self):
@@ -62,6 +81,7 @@ class TestQmcContract(StrategyContract):
 
 class TestRandomSamplerContract(StrategyContract):
     trials = 10
+    beats_random = False
 
     @pytest.fixture
     def strategy(self):
@@ -125,6 +145,187 @@ class TestEncoding:
 
         with pytest.raises(UnsupportedError, match="137846528820"):
             OptunaSearch().propose(Landscape(Wide(40, 2), dict).history(), trial_rng(0, 0))
+
+
+# Ranges.
+
+
+def train(genes):
+    raise AssertionError("a landscape is scored, not built")
+
+
+RANGES = space_from(
+    train,
+    {
+        "lr": Float(1e-4, 1e-1, log=True),
+        "momentum": Float(0.0, 0.9, steps=10),
+        "width": Int(16, 256, log=True),
+        "depth": Int(2, 20, step=3),
+        "batch": (32, 64, 128),
+    },
+)
+"""Numbers in order only."""
+
+MIXED = space_from(train, {**RANGES.choices, "kind": ("a", "b", "c"), "flag": (False, True)})
+
+
+def bowl(space):
+    """Best at lr 0.003, width 64, depth 11, batch 64, and kind b where there is one."""
+
+    def score(architecture):
+        genes = architecture.genes
+        miss = (math.log10(genes["lr"] / 0.003) / 3) ** 2 + (math.log2(genes["width"] / 64) / 4) ** 2
+        miss += ((genes["depth"] - 11) / 18) ** 2 + (math.log2(genes["batch"] / 64) / 4) ** 2
+        return {"value": 1 - miss - 0.1 * (genes.get("kind", "b") != "b")}
+
+    return Landscape(space, score)
+
+
+class TestRanges:
+    def test_what_a_range_is_to_optuna(self):
+        distributions = _Encoding(MIXED).distributions
+        assert distributions["lr"] == FloatDistribution(1e-4, 1e-1, log=True)
+        assert distributions["momentum"] == FloatDistribution(0.0, 0.9)
+        assert distributions["width"] == IntDistribution(16, 256, log=True)
+        assert distributions["depth"] == IntDistribution(2, 20, step=3)
+        assert isinstance(distributions["batch"], CategoricalDistribution)
+        assert distributions["batch"].choices == (32, 64, 128)
+        assert distributions["kind"].choices == ("a", "b", "c")
+        # Optuna has no logarithmic steps: a real number, taken to the nearest.
+        steps = _Encoding(space_from(train, {"x": Int(1, 100, log=True, step=9)}))
+        assert steps.distributions["x"] == FloatDistribution(1, 100, log=True)
+        assert steps.genes({"x": 12.0}) == {"x": 10}
+
+    def test_suggestions_are_taken_to_the_grid(self):
+        params = {"lr": 0.0031, "momentum": 0.44, "width": 99, "depth": 8, "batch": 64, "kind": "a", "flag": True}
+        genes = _Encoding(MIXED).genes(params)
+        assert genes["lr"] == Float(1e-4, 1e-1, log=True).nearest(0.0031) != 0.0031
+        assert genes["momentum"] == 0.4
+        assert MIXED.architecture(genes).genes == genes
+
+    @pytest.mark.parametrize("form", ["value", "ordered", "index"])
+    def test_round_trip(self, form):
+        space = RANGES if form == "ordered" else MIXED
+        encoding = _Encoding(space, form)
+        for seed in range(60):
+            architecture = space.sample(trial_rng(seed, 0))
+            params = encoding.params(architecture.genes)
+            for name, value in params.items():
+                assert encoding.distributions[name]._contains(encoding.distributions[name].to_internal_repr(value))
+            assert encoding.genes(params) == architecture.genes
+
+    def test_a_range_of_one_value_is_no_parameter(self):
+        encoding = _Encoding(space_from(train, {"x": Int(3, 3), "y": Int(1, 2)}))
+        assert list(encoding.distributions) == ["y"]
+        assert encoding.genes({"y": 2}) == {"x": 3, "y": 2}
+
+    @pytest.mark.parametrize("sampler", ["tpe", "nsga2", "qmc", "random", "brute_force"])
+    def test_every_sampler_searches_ranges(self, sampler):
+        run = drive(OptunaSearch(sampler), bowl(MIXED), 20, in_flight=2)
+        for trial in run.history.trials:
+            assert MIXED.architecture(trial.architecture.genes) == trial.architecture
+        assert run.history.distinct == 20
+
+    def test_brute_force_lists_a_range(self):
+        space = space_from(train, {"x": Float(0, 1, steps=4), "y": Int(1, 3)})
+        landscape = Landscape(space, lambda architecture: {"value": architecture.genes["x"]})
+        run = drive(OptunaSearch("brute_force"), landscape, 30)
+        assert run.history.distinct == 12
+        assert run.asked[-1][2] is None
+
+    def test_options_reach_the_sampler(self):
+        run = drive(OptunaSearch("tpe", {"multivariate": False, "n_startup_trials": 3}), bowl(RANGES), 10)
+        plain = drive(OptunaSearch("tpe", {"n_startup_trials": 3}), bowl(RANGES), 10)
+        assert run.proposals[:3] == plain.proposals[:3]
+        assert run.proposals != plain.proposals
+
+    def test_tpe_makes_use_of_the_order(self):
+        ours = [drive(OptunaSearch(), bowl(MIXED), 40, seed=seed).best() for seed in range(4)]
+        random = [drive(RandomSearch(), bowl(MIXED), 40, seed=seed).best() for seed in range(4)]
+        assert sum(ours) < sum(random)
+
+
+class TestCmaEs:
+    @pytest.mark.parametrize(
+        ("landscape", "message"),
+        [
+            (bowl(MIXED), "kind, flag are neither"),
+            (one_max_edges(), "groups node0"),
+            (Landscape(space_from(train, {"x": (1, 2), "y": Int(1, 9)}), dict), "x is neither"),
+            (Landscape(space_from(train, {"x": (1, 3, 2), "y": Int(1, 9)}), dict), "x is neither"),
+            (replace(bowl(RANGES), objectives=(maximise("value"), maximise("other"))), "one objective"),
+        ],
+    )
+    def test_refuses_what_it_cannot_search_by_name(self, landscape, message, monkeypatch):
+        monkeypatch.setattr("strategies.optuna_search.find_spec", lambda name: object())
+        with pytest.raises(UnsupportedError, match=message):
+            OptunaSearch("cmaes").propose(landscape.history(), trial_rng(0, 0))
+
+    def test_says_that_the_package_is_missing(self, monkeypatch):
+        monkeypatch.setattr("strategies.optuna_search.find_spec", lambda name: None)
+        with pytest.raises(UnsupportedError, match="pip install cmaes"):
+            OptunaSearch("cmaes").propose(bowl(RANGES).history(), trial_rng(0, 0))
+
+    @pytest.mark.parametrize("sampler", ["cmaes", optuna.samplers.CmaEsSampler])
+    def test_is_pure_and_goes_on_from_notes(self, sampler):
+        pytest.importorskip("cmaes")
+        strategy = OptunaSearch(sampler, {"popsize": 5})
+        run = drive(strategy, bowl(RANGES), 40, in_flight=2)
+        for events, number, proposal in run.asked:
+            fresh = pickle.loads(pickle.dumps(strategy))
+            again = fresh.propose(replay(bowl(RANGES), run.events[:events]).history, trial_rng(0, number))
+            assert proposal_to_json(again) == proposal_to_json(proposal)
+        generations = [t.proposal.notes.get("optuna", {}).get("cma:generation", 0) for t in run.history.trials]
+        assert max(generations) >= 4
+
+    def test_no_pickle_in_the_notes(self):
+        pytest.importorskip("cmaes")
+        run = drive(OptunaSearch("cmaes", {"popsize": 5}), bowl(RANGES), 25)
+        states = [
+            text
+            for trial in run.history.trials
+            for key, text in trial.proposal.notes.get("optuna", {}).items()
+            if key.startswith("cma:optimizer")
+        ]
+        assert states
+        for text in states:
+            assert {"_mean", "_sigma", "_c_1d"} <= set(json.loads(text))
+
+    def test_agrees_with_optunas_own(self):
+        """The state as JSON is the state: the suggestions are those of a study that Optuna keeps itself."""
+        pytest.importorskip("cmaes")
+        encoding, landscape = _Encoding(RANGES, "ordered"), bowl(RANGES)
+        asked = []
+        for kind in (optuna.samplers.CmaEsSampler, CmaEs):
+            study = optuna.create_study(direction="maximize")
+            params = []
+            for seed in range(30):
+                study.sampler = kind(seed=seed, popsize=5)
+                trial = study.ask(encoding.distributions)
+                architecture = RANGES.architecture(encoding.genes(trial.params))
+                study.tell(trial, landscape.score(architecture)["value"])
+                params.append(trial.params)
+            asked.append(params)
+        assert asked[0] == asked[1]
+
+    def test_a_state_of_another_version_is_refused_by_name(self):
+        pytest.importorskip("cmaes")
+        run = drive(OptunaSearch("cmaes", {"popsize": 5}), bowl(RANGES), 25)
+        history = bowl(RANGES).history()
+        for kind, what, outcome in run.events:
+            if kind == "finish":
+                history.finish(what, **outcome)
+                continue
+            notes = json.loads(json.dumps(what.proposal.notes).replace("_mu_eff", "_mu_new"))
+            history.start(replace(what, proposal=replace(what.proposal, notes=notes)))
+        with pytest.raises(InvalidInputError, match="_mu_new"):
+            OptunaSearch("cmaes", {"popsize": 5}).propose(history, trial_rng(0, 25))
+
+    def test_beats_random_search(self):
+        pytest.importorskip("cmaes")
+        ours = [drive(OptunaSearch("cmaes"), bowl(RANGES), 80, seed=seed).best() for seed in range(6)]
+        random = [drive(RandomSearch(), bowl(RANGES), 80, seed=seed).best() for seed in range(6)]
+        assert sum(a < b for a, b in zip(ours, random, strict=True)) == 6
 
 
 def frozen(history):
@@ -263,9 +464,10 @@ def test_constraints_are_heeded():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("tpee",), "tpe, gp"),
-        (("cmaes",), "categorical"),
-        ((optuna.samplers.CmaEsSampler,), "categorical"),
+        (("tpee",), "tpe, gp, nsga2, nsga3, cmaes, random, qmc, brute_force"),
+        (("cmaes", {"independent_sampler": optuna.samplers.TPESampler}), "independent_sampler"),
+        (("cmaes", {"with_margin": True}), "with_margin"),
+        ((type("Mine", (optuna.samplers.CmaEsSampler,), {}),), "pickle"),
         ((optuna.samplers.TPESampler(),), r"OptunaSearch\(TPESampler"),
         ((int,), "BaseSampler"),
         (("tpe", {"population_size": 5}), "n_startup_trials"),
@@ -283,17 +485,3 @@ def test_explorations_in_the_history_are_ignored():
     history.start(Trial(0, Explore(None)))
     history.finish(0, state="complete")
     assert isinstance(OptunaSearch().propose(history, trial_rng(0, 1)), Evaluate)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("make", [one_max, one_max_edges])
-@pytest.mark.parametrize("sampler", ["tpe", "nsga2"])
-def test_beats_random_search(sampler, make):
-    seeds = range(20)
-    # A genetic algorithm needs its generations: 20 of them.
-    strategy, trials = OptunaSearch(), 100
-    if sampler == "nsga2":
-        strategy, trials = OptunaSearch("nsga2", {"population_size": 10}), 200
-    ours = [drive(strategy, make(), trials, seed=seed).best() for seed in seeds]
-    random = [drive(RandomSearch(), make(), trials, seed=seed).best() for seed in seeds]
-    assert wilcoxon(ours, random, alternative="less").pvalue < 1e-3

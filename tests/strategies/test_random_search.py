@@ -8,6 +8,8 @@ from strategies import RandomSearch
 
 
 class TestRandomSearchContract(StrategyContract):
+    beats_random = False
+
     @pytest.fixture
     def strategy(self):
         return RandomSearch()

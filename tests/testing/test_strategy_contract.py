@@ -10,18 +10,25 @@ import pytest
 import torch
 
 from nasplat.architecture import Architecture
-from nasplat.strategy import Evaluate, Report
+from nasplat.strategy import Evaluate, Explore, Report, Trial
 from nasplat.task import Task
 from nasplat.testing.drive import drive, replay
-from nasplat.testing.landscapes import Edges, Levels, TinyCell, one_max, one_max_edges, tiny, trade_off
-from nasplat.testing.strategy_contract import ExplorerContract, RecordingContext, StrategyContract, explore
+from nasplat.testing.landscapes import Edges, Levels, TinyCell, one_max, one_max_edges, short_training, tiny, trade_off
+from nasplat.testing.strategy_contract import (
+    ExplorerContract,
+    RecordingContext,
+    StrategyContract,
+    _trained_for,
+    _training,
+    explore,
+)
 
 LANDSCAPE = one_max()
 
 
 @dataclass(frozen=True)
 class Good:
-    """Draws what is new, and ends."""
+    """Draws what is new, and ends. This is random search."""
 
     def propose(self, history, rng):
         if history.distinct >= history.space.size():
@@ -34,6 +41,7 @@ class Good:
 
 class TestGood(StrategyContract):
     trials = 15
+    beats_random = False
 
     @pytest.fixture
     def strategy(self):
@@ -180,6 +188,82 @@ def test_catches(strategy, test):
     assert not isinstance(caught.value, NotImplementedError)
 
 
+@dataclass(frozen=True)
+class Climbs(Good):
+    """Mutates the best so far."""
+
+    def propose(self, history, rng):
+        best = history.best()
+        for _ in range(20 if best and rng.random() < 0.8 else 0):
+            child = history.space.mutate(best.architecture, rng)
+            if not history.of(child):
+                return Evaluate(child)
+        return super().propose(history, rng)
+
+
+@dataclass(frozen=True)
+class Descends(Good):
+    """Mutates the worst so far."""
+
+    def propose(self, history, rng):
+        worst = max(history.scored(), key=history.losses, default=None)
+        for _ in range(20 if worst else 0):
+            child = history.space.mutate(worst.architecture, rng)
+            if not history.of(child):
+                return Evaluate(child)
+        return super().propose(history, rng)
+
+
+@dataclass(frozen=True)
+class Short(Good):
+    """Never trains anything in full."""
+
+    def propose(self, history, rng):
+        proposal = super().propose(history, rng)
+        return proposal and Evaluate(proposal.architecture, 0.5)
+
+
+class Few(StrategyContract):
+    evaluations = 40
+
+
+class Excused(StrategyContract):
+    beats_random = False
+
+
+class TestBeatsRandomSearch:
+    @pytest.mark.parametrize("known", ["separable", "groups"])
+    def test_passes_a_strategy_that_climbs(self, known):
+        Few().test_beats_random_search(Climbs(), known)
+
+    @pytest.mark.parametrize("strategy", [Good(), Descends(), Short()], ids=lambda s: type(s).__name__)
+    def test_catches(self, strategy):
+        with pytest.raises(AssertionError, match="random search"):
+            Few().test_beats_random_search(strategy, "separable")
+
+    def test_who_need_not_says_so_in_its_docstring(self):
+        Excused().test_beats_random_search(Good(), "separable")
+        with pytest.raises(AssertionError, match="must say so"):
+            Excused().test_beats_random_search(Descends(), "separable")
+
+    def test_counts_training_and_not_trials(self):
+        """Half a training each: twice the trials, and random search gets as many full ones as they amount to."""
+        history = _trained_for(Short(), one_max(), 20, seed=0).history
+        assert len(history) == pytest.approx(40, abs=1)
+        assert _training(history) == pytest.approx(20, abs=0.5)
+        history.start(Trial(len(history), Evaluate(history.trials[0].architecture, 1.0, weights_of=0)))
+        assert _training(history) == pytest.approx(20.5, abs=0.5)
+
+    def test_explorers_are_judged_elsewhere(self):
+        @dataclass(frozen=True)
+        class Explores:
+            def propose(self, history, rng):
+                return None if len(history) else Explore(GoodExplorer())
+
+        with pytest.raises(pytest.skip.Exception):
+            Few().test_beats_random_search(Explores(), "separable")
+
+
 class TestDrive:
     @pytest.mark.parametrize("in_flight", [1, 4, 16])
     def test_keeps_so_many_in_flight(self, in_flight):
@@ -207,6 +291,33 @@ class TestDrive:
         assert again.history.trials == run.history.trials
         assert again.history.trials is not run.history.trials
 
+    def test_budgets_and_reports(self):
+        landscape = short_training(one_max(), noise=0.0)
+
+        @dataclass(frozen=True)
+        class TwoRungs(Good):
+            def propose(self, history, rng):
+                last = history.trials[-1] if history.trials else None
+                if last is not None and last.proposal.budget < 1:
+                    return Evaluate(last.architecture, 1.0, last.number)
+                return Evaluate(super().propose(history, rng).architecture, 0.25)
+
+            def keep(self, trial, history):
+                return trial.number != 3 or len(trial.reports) < 2
+
+        run = drive(TwoRungs(), landscape, 4, epochs=8)
+        low, high, _, stopped = run.history.trials
+        full = landscape.score(low.architecture)["value"]
+        assert [report["value"] for report in (*low.reports, *high.reports)] == pytest.approx(
+            [full * (epoch / 8) ** 0.2 for epoch in range(1, 9)]
+        )
+        assert (len(low.reports), len(high.reports)) == (2, 6)
+        assert (low.metrics["value"], high.metrics["value"]) == (low.reports[-1]["value"], full)
+        assert (stopped.state, len(stopped.reports)) == ("stopped", 2)
+        assert stopped.metrics == stopped.reports[-1]
+        assert replay(landscape, run.events).history.trials == run.history.trials
+        assert all(trial.copy_of is None for trial in run.history.trials)
+
     def test_outcomes(self):
         run = drive(Good(), trade_off(limit=0.4), 40, fails=lambda n: n == 1, cheap=("cost",))
         states = [trial.state for trial in run.history.trials]
@@ -223,6 +334,19 @@ class TestDrive:
 
 
 class TestLandscapes:
+    def test_short_trainings_mislead_and_full_ones_do_not(self):
+        landscape = short_training(one_max(length=4))
+        architectures = list(landscape.space.enumerate())
+        full = [landscape.score(a)["value"] for a in architectures]
+        assert [landscape.metrics(a)["value"] for a in architectures] == full
+        likeness = []
+        for budget in (1 / 27, 1 / 3):
+            short = [landscape.metrics(a, budget)["value"] for a in architectures]
+            assert short == [landscape.metrics(a, budget)["value"] for a in architectures]
+            assert np.mean(short) < np.mean(full)
+            likeness.append(np.corrcoef(short, full)[0, 1])
+        assert 0.3 < likeness[0] < likeness[1] < 0.99
+
     @pytest.mark.parametrize("landscape", [one_max(length=4), one_max_edges(nodes=1), tiny()])
     def test_optimum_is_the_best_there_is(self, landscape):
         values = [landscape.score(architecture)["value"] for architecture in landscape.space.enumerate()]
