@@ -22,12 +22,16 @@ import logging
 import os
 import platform
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+if __name__ == "__main__":  # the script beside this one must not hide the package strategies
+    sys.path[0] = str(Path(__file__).parents[1])
 
 import numpy as np
 from torch import nn

@@ -25,10 +25,14 @@ from __future__ import annotations
 import argparse
 import io
 import platform
+import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+
+if __name__ == "__main__":  # the script beside this one must not hide the package strategies
+    sys.path[0] = str(Path(__file__).parents[1])
 
 import numpy as np
 import torch

@@ -6,11 +6,14 @@ The names below are stable. ``import nasplat`` loads neither Ray nor MLflow nor 
 from importlib.metadata import PackageNotFoundError, version
 
 from nasplat.architecture import Architecture
-from nasplat.cost import Count, Latency
+from nasplat.compare import Comparison, charged, compare, evaluations, hours
+from nasplat.cost import Count, Latency, ZeroCost
 from nasplat.errors import NasplatError, NasplatWarning, SearchInterrupted
+from nasplat.joint_space import JointSpace
 from nasplat.mlflow_tracker import MlflowTracker
 from nasplat.objectives import at_least, at_most, maximise, minimise
 from nasplat.phases import Phase
+from nasplat.ranges import Float, Int
 from nasplat.result import Candidate, Result, load
 from nasplat.space import Group, SearchSpace, Supernet, space_from
 from nasplat.strategy import Evaluate, Explore, History, Report, Strategy, Trial
@@ -26,11 +29,15 @@ except PackageNotFoundError:  # a checkout that was not installed
 __all__ = [
     "Architecture",
     "Candidate",
+    "Comparison",
     "Count",
     "Evaluate",
     "Explore",
+    "Float",
     "Group",
     "History",
+    "Int",
+    "JointSpace",
     "Latency",
     "MlflowTracker",
     "NasplatError",
@@ -47,8 +54,13 @@ __all__ = [
     "Task",
     "Teacher",
     "Trial",
+    "ZeroCost",
     "at_least",
     "at_most",
+    "charged",
+    "compare",
+    "evaluations",
+    "hours",
     "load",
     "maximise",
     "minimise",

@@ -26,6 +26,8 @@ SPACES = {
 
 
 def ops(space, architecture):
+    if isinstance(space, BinaryGrowth):  # its closed form, which is tested to be what is counted
+        return space.ops(architecture)
     with torch.device("meta"):
         return count(space.build(architecture).eval(), torch.empty(1, space.in_channels, 16, 16)).ops
 
