@@ -188,7 +188,10 @@ class Worker:
             found.metrics["train_seconds"] = time.monotonic() - begin
         model.eval()
         self._measure(model, example, True, found)
-        self._save(training, assignment.number, found, first, last, proposal.budget < 1 or stopped)
+        if epochs or proposal.weights_of is not None:
+            self._save(training, assignment.number, found, first, last, proposal.budget < 1 or stopped)
+        else:  # a network as it was made, which the seed makes again: nothing to go on from
+            self._save_samples(assignment.number, found)
         yield found.outcome("stopped" if stopped else "complete", "ended early by the strategy" if stopped else "")
 
     def _score_path(
