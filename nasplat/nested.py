@@ -32,6 +32,25 @@ def proposed_by(name: str) -> Belongs:
     return lambda trial: trial.proposal.notes.get(BY) == name
 
 
+def check_inner(role: str, strategy: object) -> None:
+    """Refuse what cannot be a strategy inside another one.
+
+    Args:
+        role: The parameter's name, for the message.
+        strategy: What was given.
+
+    Raises:
+        InvalidInputError: It is no strategy, or it ends trainings early, which nobody would ask it for.
+    """
+    if isinstance(strategy, type) or not isinstance(strategy, Strategy):
+        raise InvalidInputError(f"{role} is {strategy!r}; a strategy is needed, such as RandomSearch()")
+    if hasattr(strategy, "keep"):
+        raise InvalidInputError(
+            f"{role} is {strategy!r}, which ends trainings early (it has keep), and is not asked inside another "
+            f"strategy; put it outermost: {type(strategy).__name__}(...) around the others"
+        )
+
+
 def nested(
     history: History,
     name: str,
@@ -92,13 +111,13 @@ def propose(
         objectives: As in :func:`nested`.
         constraints: As in :func:`nested`.
         belongs: As in :func:`nested`.
-        budget: Of the proposal; the inner strategy's own is not looked at.
+        budget: Of the proposal.
         weights_of: Of the proposal.
         notes: The outer strategy's own marks on the proposal, under names other than ``by`` and ``inner``.
         changes: Further fields of the proposal.
 
     Raises:
-        InvalidInputError: The inner strategy proposes something other than an evaluation.
+        InvalidInputError: The inner strategy proposes something other than an evaluation in full and from scratch.
     """
     inner = strategy.propose(
         nested(history, name, objectives=objectives, constraints=constraints, belongs=belongs), rng
@@ -107,6 +126,11 @@ def propose(
         return None
     if not isinstance(inner, Evaluate):
         raise InvalidInputError(f"{strategy!r} proposes an exploration; inside another strategy it must evaluate")
+    if inner.budget != 1.0 or inner.weights_of is not None:
+        raise InvalidInputError(
+            f"{strategy!r} proposes a share of the training, or to go on from a trial; inside another strategy, which "
+            "decides on that, it must propose trainings in full. Put it outermost"
+        )
     marks: dict[str, Any] = {**(notes or {}), BY: name}
     if inner.notes:
         marks[NOTES] = dict(inner.notes)

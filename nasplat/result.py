@@ -207,8 +207,10 @@ class Result:
         trial = self.history.best()
         if trial is None:
             states = pd.Series([trial.state for trial in self.trials], dtype=object).value_counts().to_dict()
+            failed = [trial for trial in self.trials if trial.state == "failed"]
             raise UnsupportedError(
                 f"no candidate of {self.folder} was evaluated in full and keeps the limits; trials by state: {states}"
+                + (f"; trial {failed[-1].number} failed: {failed[-1].reason}" if failed else "")
             )
         return Candidate(self, trial)
 

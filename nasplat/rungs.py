@@ -57,10 +57,8 @@ class Rungs:
             raise InvalidInputError(f"eta is {self.eta!r}; an integer from 2 up")
         if not isinstance(self.carry, bool):
             raise InvalidInputError(f"carry is {self.carry!r}; True or False")
-        if self.newcomers is not None and (
-            isinstance(self.newcomers, type) or not isinstance(self.newcomers, Strategy)
-        ):
-            raise InvalidInputError(f"newcomers is {self.newcomers!r}; None, or a strategy such as RandomSearch()")
+        if self.newcomers is not None:
+            nested.check_inner("newcomers", self.newcomers)
 
     @property
     def budgets(self) -> tuple[float, ...]:
@@ -244,4 +242,4 @@ def next_without_waiting(rungs: Rungs, history: History, rng: np.random.Generato
     # Nobody is left to compare with: bring one to the end, so that the search has a result.
     reached = [rung for (_, rung), trials in found.items() if any(_is_scored(history, trial) for trial in trials)]
     top = max(reached, default=len(budgets))
-    return climb(top, 1) if top < len(budgets) - 1 else None
+    return climb(top, len(history)) if top < len(budgets) - 1 else None

@@ -625,7 +625,10 @@ class _Session:
 
     def _tidy(self, trial: Trial) -> None:
         """Delete weights that neither the front nor a later trial can need."""
-        if self.study.keep_weights == "all" or not trial.full or not self._weights_of(trial.number).exists():
+        if self.study.keep_weights == "all":
+            return
+        self._tidy_rungs(trial)
+        if not trial.full or not self._weights_of(trial.number).exists():
             return
         needed = {kept.number for kept in self.search.history.front()}
         for other in self.search.history.running:
@@ -635,6 +638,19 @@ class _Session:
         for number in self._weights - needed:
             self._weights_of(number).unlink(missing_ok=True)
         self._weights &= needed
+
+    def _tidy_rungs(self, trial: Trial) -> None:
+        """Delete what a stopped trial kept, and what a longer training of the same architecture has gone on from."""
+        history, proposal = self.search.history, trial.proposal
+        over = [trial.number] if trial.state == "stopped" else []
+        if trial.state == "complete" and isinstance(proposal, Evaluate) and proposal.weights_of is not None:
+            source = history.trials[proposal.weights_of]
+            if source.architecture == trial.architecture and not source.full and proposal.budget > 0:
+                over.append(source.number)
+        used = {t.proposal.weights_of for t in history.running if isinstance(t.proposal, Evaluate)}
+        for number in set(over) - used:
+            for file in ("weights.safetensors", "checkpoint.pt"):
+                (trial_folder(self.study.folder, number) / file).unlink(missing_ok=True)
 
     def _check_function(self, trial: Trial) -> None:
         """A user's function that does not return an objective will not for the next candidate either."""

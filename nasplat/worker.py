@@ -161,14 +161,13 @@ class Worker:
             yield self._score_path(assignment, proposal, model, example, found, clock)
             return
         begin = time.monotonic()
-        stopped = False
         task = replace(self.task, recipe=replace(self.task.recipe, **self.space.recipe(proposal.architecture)))
         epochs = 0 if proposal.budget == 0 else max(1, round(proposal.budget * task.recipe.epochs))
         training = Training(model, task, device, assignment.seed, clock.step)
         own = trial_folder(self.folder, assignment.number) / "checkpoint.pt"
-        first, last = self._begin_from(training, assignment, own)
+        first, last, stopped = self._begin_from(training, assignment, own)
         saved = time.monotonic()
-        for report in training.epochs(epochs):
+        for report in training.epochs(training.epoch if stopped else epochs):
             last = dict(report.metrics)
             # A trial counts its own epochs, wherever its weights came from.
             if (yield Report(report.step - first, last)) is False and report.step < epochs:
@@ -189,7 +188,8 @@ class Worker:
         model.eval()
         self._measure(model, example, True, found)
         if epochs or proposal.weights_of is not None:
-            self._save(training, assignment.number, found, first, last, proposal.budget < 1 or stopped)
+            goes_on = proposal.budget < 1
+            self._save(training, assignment.number, found, first, last, goes_on=goes_on, stopped=stopped)
         else:  # a network as it was made, which the seed makes again: nothing to go on from
             self._save_samples(assignment.number, found)
         yield found.outcome("stopped" if stopped else "complete", "ended early by the strategy" if stopped else "")
@@ -226,20 +226,21 @@ class Worker:
     def _calibration(self, assignment: Assignment, proposal: Evaluate) -> Iterator[torch.Tensor]:
         return calibration_batches(self.task, proposal.recalibrate, assignment.seed, torch.device(self.device))
 
-    def _begin_from(self, training: Training, assignment: Assignment, own: Path) -> tuple[int, dict[str, float]]:
+    def _begin_from(self, training: Training, assignment: Assignment, own: Path) -> tuple[int, dict[str, float], bool]:
         """Load what the training goes on from: its own interrupted run, or the trial named by the proposal.
 
         Returns:
-            The epoch that the trial began at, and the metrics of the last epoch that it had reported itself.
+            The epoch that the trial began at, the metrics of the last epoch that it had reported itself, and whether it
+            had been told to stop there.
         """
         proposal = assignment.proposal
         assert isinstance(proposal, Evaluate)
         if own.exists():
             state = load_checkpoint(own)
             training.load_state(state)
-            return state["first"], state["last"]
+            return state["first"], state["last"], state.get("stopped", False)
         if proposal.weights_of is None:
-            return 0, {}
+            return 0, {}, False
         source = trial_folder(self.folder, proposal.weights_of)
         if assignment.source == proposal.architecture and (source / "checkpoint.pt").exists():
             training.load_state(load_checkpoint(source / "checkpoint.pt"))
@@ -248,16 +249,24 @@ class Worker:
             self.space.inherit(training.model, assignment.source, load_file(source / "weights.safetensors"))
         else:
             raise InvalidInputError(f"trial {proposal.weights_of} kept no weights to go on from")
-        return training.epoch, {}
+        return training.epoch, {}, False
 
     def _save(
-        self, training: Training, number: int, found: _Found, first: int, last: Mapping[str, float], goes_on: bool
+        self,
+        training: Training,
+        number: int,
+        found: _Found,
+        first: int,
+        last: Mapping[str, float],
+        *,
+        goes_on: bool,
+        stopped: bool,
     ) -> None:
-        """Keep the weights, and what a later trial needs to go on from here."""
+        """Keep the weights, and what a later trial, or this one after a kill, needs to go on from here."""
         folder = trial_folder(self.folder, number)
         save_weights(training.model.state_dict(), folder / "weights.safetensors", training.phase)
-        if goes_on:
-            state = {**training.state(), "first": first, "last": dict(last)}
+        if goes_on or stopped:
+            state = {**training.state(), "first": first, "last": dict(last), "stopped": stopped}
             save_checkpoint(state, folder / "checkpoint.pt")
         else:
             (folder / "checkpoint.pt").unlink(missing_ok=True)

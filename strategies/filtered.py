@@ -12,7 +12,7 @@ import numpy as np
 
 from nasplat.checks import is_number
 from nasplat.errors import InvalidInputError
-from nasplat.nested import NOTES
+from nasplat.nested import NOTES, check_inner
 from nasplat.objectives import Objective
 from nasplat.strategy import Evaluate, History, Strategy, Trial
 
@@ -52,8 +52,7 @@ class Filtered:
     share: float = 0.5
 
     def __post_init__(self) -> None:
-        if isinstance(self.strategy, type) or not isinstance(self.strategy, Strategy):
-            raise InvalidInputError(f"strategy is {self.strategy!r}; a strategy is needed, such as RandomSearch()")
+        check_inner("strategy", self.strategy)
         if not isinstance(self.score, Objective):
             raise InvalidInputError(f"score is {self.score!r}; maximise('...') or minimise('...') is needed")
         if not is_number(self.share) or not 0.0 < self.share <= 1.0:
@@ -80,6 +79,10 @@ class Filtered:
             return None
         if not isinstance(inner, Evaluate):
             raise InvalidInputError(f"{self.strategy!r} proposes an exploration; a filter is for evaluations")
+        if inner.budget == 0.0:
+            raise InvalidInputError(
+                f"{self.strategy!r} proposes to measure without training, which is what a filter does; put it outermost"
+            )
         notes: dict[str, Any] = {NOTES: dict(inner.notes)} if inner.notes else {}
         source = None if inner.weights_of is None else view.trained_by[inner.weights_of]
         if inner.weights_of is not None and view.history.trials[inner.weights_of].architecture == inner.architecture:

@@ -32,6 +32,9 @@ class MedianStopping:
     Optuna's samplers are told of it (pruned, with its epochs); evolution, NSGA-II and local search take no parent from
     it, since it was worse than the median; successive halving does not promote it.
 
+    On rungs (successive halving and its kin) what climbs is compared with what climbed before, so that most of
+    it is stopped: rungs need no second rule.
+
     Where the strategy inside ends trials too (it has ``keep``), a trial goes on only if both want it.
 
     Attributes:
@@ -76,11 +79,10 @@ class MedianStopping:
         curve = _curve(trial, history)
         if len(curve) < self.min_steps:
             return False
-        others = [
-            _curve(other, history)
-            for other in history.scored()
-            if other.number != trial.number and other.copy_of is None
-        ]
+        scored = [other for other in history.scored() if other.number != trial.number and other.copy_of is None]
+        # A training that went on in another trial is a part of that one's curve.
+        gone_on = {_source(other, history) for other in [*scored, trial]}
+        others = [_curve(other, history) for other in scored if other.number not in gone_on]
         verdicts = []
         for objective in history.objectives:
             own = _losses(curve, objective)
@@ -97,14 +99,18 @@ class MedianStopping:
 def _curve(trial: Trial, history: History) -> list[Mapping[str, float]]:
     """The reports of a training from its first epoch on: those of the trials that it goes on from come first."""
     parts: list[Sequence[Mapping[str, float]]] = [trial.reports]
-    proposal = trial.proposal
-    while isinstance(proposal, Evaluate) and proposal.weights_of is not None:
-        source = history.trials[proposal.weights_of]
-        if source.architecture != trial.architecture:
-            break
-        parts.append(source.reports)
-        proposal = source.proposal
+    source = _source(trial, history)
+    while source is not None:
+        parts.append(history.trials[source].reports)
+        source = _source(history.trials[source], history)
     return [report for part in reversed(parts) for report in part]
+
+
+def _source(trial: Trial, history: History) -> int | None:
+    """The trial of the same architecture whose training this one goes on with."""
+    proposal = trial.proposal
+    source = proposal.weights_of if isinstance(proposal, Evaluate) else None
+    return source if source is not None and history.trials[source].architecture == trial.architecture else None
 
 
 def _losses(curve: Sequence[Mapping[str, float]], objective: Objective) -> list[float]:

@@ -9,8 +9,7 @@ import numpy as np
 from nasplat.architecture import Architecture
 from nasplat.checks import is_whole
 from nasplat.errors import InvalidInputError
-from nasplat.nested import propose, proposed_by
-from nasplat.objectives import crowding, ranks
+from nasplat.nested import check_inner, propose, proposed_by
 from nasplat.strategy import Evaluate, Explore, Explorer, History, Proposal, Strategy, Trial
 
 INHERITED = "inherited"
@@ -32,6 +31,8 @@ class OneShot:
     The best are those that keep the limits (then those that break them least), by non-dominated rank, and within a rank
     those with the most room around them (crowding distance), or of one objective simply the best. Limits and objectives
     hold for the inherited scores as they stand.
+
+    Where no path could be scored, what the explorer found is trained.
 
     Attributes:
         explorer: Trains the supernet: ``Darts(epochs=50)``, ``UniformPaths(epochs=120)``.
@@ -55,11 +56,13 @@ class OneShot:
                 f"explorer is {self.explorer!r}; an object with explore(space, task, rng, context), "
                 "such as Darts(epochs=50)"
             )
-        if self.search is not None and (isinstance(self.search, type) or not isinstance(self.search, Strategy)):
-            raise InvalidInputError(
-                f"search is {self.search!r}; None, or an object with propose(history, rng), such as "
-                "RegularizedEvolution(population=50)"
-            )
+        if self.search is not None:
+            check_inner("search", self.search)
+            if not getattr(self.explorer, "keeps_whole_supernet", True):
+                raise InvalidInputError(
+                    f"search is given, and {self.explorer!r} ends with a part of the supernet (stages, or a part of "
+                    "the channels), whose paths cannot be scored; search=None trains what the explorer found"
+                )
         for name, least in (("n_search", 1), ("n_retrain", 1), ("recalibrate", 0)):
             if not is_whole(getattr(self, name), least):
                 raise InvalidInputError(f"{name} is {getattr(self, name)!r}; an integer from {least} up is needed")
@@ -98,7 +101,7 @@ class OneShot:
                 return proposal
         if any(trial.state == "running" for trial in trials):
             return None
-        for architecture in self._best(history, trials):
+        for architecture in self._best(history, trials) or exploration.found:
             if not any(trial.full for trial in history.of(architecture)):
                 return Evaluate(architecture)
         return None
@@ -111,13 +114,6 @@ class OneShot:
             if trial.architecture is not None and trial.state == "complete" and known:
                 first.setdefault(trial.architecture, trial)
         scored = list(first.values())
-        losses = [history.losses(trial) for trial in scored]
-        rank = ranks(losses, [history.violation(trial) for trial in scored])
-        room = [0.0] * len(scored)
-        if len(history.objectives) > 1:
-            for level in set(rank):
-                members = [index for index, own in enumerate(rank) if own == level]
-                for index, distance in zip(members, crowding([losses[index] for index in members]), strict=True):
-                    room[index] = distance
-        order = sorted(range(len(scored)), key=lambda index: (rank[index], -room[index], losses[index], index))
+        standing = history.standing(scored)
+        order = sorted(range(len(scored)), key=lambda index: (standing[index], history.losses(scored[index]), index))
         return [list(first)[index] for index in order[: self.n_retrain]]

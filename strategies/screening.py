@@ -10,7 +10,7 @@ import numpy as np
 from nasplat.architecture import Architecture
 from nasplat.checks import is_whole
 from nasplat.errors import InvalidInputError
-from nasplat.nested import BY, nested, propose, proposed_by
+from nasplat.nested import BY, check_inner, nested, propose, proposed_by
 from nasplat.objectives import Constraint, Objective
 from nasplat.strategy import Evaluate, History, Strategy, Trial
 
@@ -42,7 +42,8 @@ class Screening:
     Attributes:
         score: What to search for, one objective or several; kept as a tuple.
         search: Searches it, by evaluations. It sees the scored trials alone, with ``score`` as objective.
-        n_search: Architectures to score, those that fail or are scored twice included.
+        n_search: Architectures to score, those that fail or are scored twice included. Those that a cheap limit
+            refuses do not count, up to ``10 * n_search + 100`` in all.
         n_train: How many of the best are trained in full; of those with equal scores, the earlier.
         then: What goes on, by evaluations in full, with the study's objectives. It sees the trials that were trained
             as if it had begun with them: a population is filled with them. None ends there.
@@ -64,8 +65,7 @@ class Screening:
         for name, value in (("search", self.search), ("then", self.then)):
             if name == "then" and value is None:
                 continue
-            if isinstance(value, type) or not isinstance(value, Strategy):
-                raise InvalidInputError(f"{name} is {value!r}; a strategy is needed, such as RandomSearch()")
+            check_inner(name, value)
         for name, count in (("n_search", self.n_search), ("n_train", self.n_train)):
             if not is_whole(count):
                 raise InvalidInputError(f"{name} is {count!r}; a whole number from 1 up")
@@ -85,7 +85,8 @@ class Screening:
         scored = nested(history, SCORED, objectives=scores, constraints=limits)
         trained = nested(history, THEN, belongs=_was_trained)
         if not len(trained):
-            if len(scored) < self.n_search:
+            worked = sum(trial.state != "infeasible" for trial in scored.trials)
+            if worked < self.n_search and len(scored) < 10 * self.n_search + 100:
                 proposal = propose(self.search, history, rng, SCORED, objectives=scores, constraints=limits, budget=0.0)
                 if proposal is not None:
                     return proposal

@@ -182,7 +182,7 @@ def test_tasks_are_made_from_text() -> None:
         (["-s", "cells"], 2, "KEY=VALUE"),
         (["--strategy", "one_shot"], 1, "explorer=..."),
         (["--strategy", "one_shot", "-p", "explorer.epochs=3"], 1, "explorer=NAME"),
-        (["--strategy", "one_shot", "-p", "explorer=none"], 1, "installed: darts"),
+        (["--strategy", "one_shot", "-p", "explorer=none"], 1, "installed: bats_search, darts"),
         (["--task", "cifar"], 1, "fashion-mnist, digits"),
         (["-t", "lr=-1"], 1, "must be positive"),
         (["--objective", "val_accuracy"], 2, "max:METRIC"),

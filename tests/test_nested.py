@@ -146,3 +146,34 @@ def test_histories_are_let_go():
     del run
     gc.collect()
     assert inner() is None and outer() is None
+
+
+@dataclass(frozen=True)
+class Partial:
+    """Proposes a share of the training, or to go on."""
+
+    budget: float = 1.0
+    weights_of: int | None = None
+
+    def propose(self, history, rng):
+        return Evaluate(history.space.sample(rng), self.budget, self.weights_of)
+
+
+@pytest.mark.parametrize("inner", [Partial(budget=0.5), Partial(weights_of=0)])
+def test_an_inner_strategy_that_decides_on_the_training_is_refused(inner):
+    history = drive(RandomSearch(), one_max(), 3).history
+    with pytest.raises(InvalidInputError, match="outermost"):
+        nested.propose(inner, history, trial_rng(0, 3), "inner")
+
+
+@dataclass(frozen=True)
+class Keeping(RandomSearch):
+    def keep(self, trial, history):
+        return True
+
+
+@pytest.mark.parametrize("inner", [Keeping(), RandomSearch, None])
+def test_what_cannot_be_inside_is_refused(inner):
+    nested.check_inner("search", RandomSearch())
+    with pytest.raises(InvalidInputError, match="search is"):
+        nested.check_inner("search", inner)

@@ -685,6 +685,9 @@ def test_a_strategy_may_go_on_from_a_share_of_the_training(folder):
     assert [len(trial.reports) for trial in result.trials] == [2, 2, 2, 2]
     assert result.front().index.tolist() == [3]
     result.best.model()
+    source = result.trials[3].proposal.weights_of
+    assert kept(folder) == {0, 1, 2, 3} - {source}, "what was gone on from is needed no more"
+    assert not (folder / f"trials/{source:05d}/checkpoint.pt").exists()
     assert_same(nasplat.load(folder, space=Conv()).table(), table)
 
 
@@ -700,6 +703,7 @@ def test_a_strategy_may_end_trials_early(folder):
     assert result.table().state.tolist() == ["complete", "stopped", "complete", "stopped"]
     assert [len(t.reports) for t in result.trials] == [3, 2, 3, 2]
     assert set(result.front().index) <= {0, 2}
+    assert kept(folder) <= {0, 2} and not list(folder.glob("trials/*/checkpoint.pt"))
 
 
 def test_a_gene_named_like_a_column_keeps_out_of_its_way(tmp_path):

@@ -261,6 +261,23 @@ def test_a_report_answered_with_false_ends_the_trial(worker):
     assert outcome.state == "complete"  # nothing was left to end
 
 
+def test_a_trial_that_was_stopped_and_killed_before_it_said_so_is_stopped_again(worker):
+    patient = replace(worker, task=replace(worker.task, recipe=replace(worker.task.recipe, epochs=4)))
+    _, told = run(patient, assignment(), stop_after=2)
+    reports, again = run(patient, assignment())
+    assert reports == [] and again.state == told.state == "stopped"
+    assert without_seconds(again.metrics) == without_seconds(told.metrics)
+    # What goes on from it, goes on.
+    _, on = run(patient, assignment(1, source=SMALL, weights_of=0))
+    assert on.state == "complete"
+
+
+def test_measuring_alone_leaves_no_weights(worker):
+    _, outcome = run(worker, assignment(budget=0.0))
+    assert outcome.state == "complete"
+    assert not list(worker.folder.glob("trials/*/*.safetensors")) and not list(worker.folder.glob("trials/*/*.pt"))
+
+
 def test_a_share_of_the_epochs_and_on_from_there_is_one_training(blobs, worker, tmp_path):
     """Budget continuation through ``weights_of``: the network has no randomness beside its data's order."""
     task = replace(blobs, recipe=replace(blobs.recipe, epochs=4))
@@ -603,7 +620,8 @@ def test_weights_that_are_not_of_the_whole_supernet_are_refused_in_words(explore
     assert explore(explored, Warm(drop="head.bias"))[1].state == "complete"
     outcome = on_path(explored, 1)
     assert outcome.state == "failed"
-    assert "1 tensors differ, first: head.bias is missing" in outcome.reason and "budget above 0" in outcome.reason
+    assert "1 tensors differ, first: head.bias is missing" in outcome.reason
+    assert "training what it found from scratch" in outcome.reason
     (trial_folder(explored.folder, 0) / "weights.safetensors").unlink()
     assert "kept no weights" in on_path(explored, 2).reason
 

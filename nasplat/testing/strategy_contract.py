@@ -434,8 +434,15 @@ class ExplorerContract:
     def test_ends_when_told(self, explorer: Explorer, space: SearchSpace, task: Task) -> None:
         """An explorer that is told to end returns what it found so far."""
         reports: list[Report] = []
-        assert len(explore(explorer, space, task, RecordingContext(), reports, stop_after=1)) >= 1
+        told = RecordingContext()
+        found = explore(explorer, space, task, told, reports, stop_after=1)
+        assert len(found) >= 1
         assert len(reports) == 1
+        # Killed before it could answer, it still ends there.
+        again, after = RecordingContext(), list[Report]()
+        again.stored = told.stored
+        assert explore(_again(explorer), space, task, again, after) == found
+        assert after == [], "went on although it had been told to end"
 
     def test_leaves_global_generators_alone(self, explorer: Explorer, space: SearchSpace, task: Task) -> None:
         """Python's and NumPy's. Torch's is the worker's to seed and the explorer's to use."""

@@ -138,7 +138,8 @@ class Bilevel:
 
     One half of the training data teaches the network weights, the other half the architecture parameters, a step each
     in turn. Data that comes as loaders cannot be halved: there the architecture parameters learn from the validation
-    data. Of the task's recipe nothing is used but the label smoothing of its loss.
+    data, from the beginning in each epoch: let the loader shuffle. Of the task's recipe nothing is used but the label
+    smoothing of its loss.
 
     Attributes:
         epochs: Passes over the half that teaches the weights, warm-up included; of each stage where there are several.
@@ -288,6 +289,11 @@ class Bilevel:
 
     # Given once.
 
+    @property
+    def keeps_whole_supernet(self) -> bool:
+        """Whether it ends with weights for every option, channel and cell, so that paths can be scored with them."""
+        return self.partial == 1 and all(stage == Stage() for stage in self.stages)
+
     def architecture_loss(self, run: Run, validation: Batch) -> Tensor:
         """Loss of the drawn mixtures on a batch, with penalty and resource."""
         moment, parameters = run.moment, run.parameters
@@ -354,13 +360,15 @@ class Bilevel:
             work.begin(np.random.default_rng(seeds[2 + index]))
             if state is not None:
                 work.load(state, orders)
+                if state["ended"]:  # it was told so, and killed before it could answer
+                    return self._result(space, work.run, context)
                 steps, state = int(state["steps"]), None
             while not work.over:
                 metrics = work.epoch(source, alpha_source, orders)
                 steps += 1
                 # Reported, then saved: a run killed in between reports the epoch again rather than never.
                 go_on = yield Report(steps, metrics)
-                context.save({"stage": index, "steps": steps, **work.state(orders)})
+                context.save({"stage": index, "steps": steps, "ended": not go_on, **work.state(orders)})
                 if not go_on:
                     return self._result(space, work.run, context)
         assert work is not None

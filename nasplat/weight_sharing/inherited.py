@@ -88,8 +88,8 @@ def _load(space: SearchSpace, weights: Path, device: torch.device) -> Supernet:
         raise InvalidInputError(
             f"{weights} does not fit the whole supernet of {space.name}: {len(wrong)} tensors differ, first: "
             f"{'; '.join(wrong[:3])}. A path can be scored as it is only where the exploration ended with every option "
-            "at the space's own depth, and with all channels mixed; where it dropped options or grew in stages, "
-            "evaluate with a budget above 0, for which built networks inherit what fits"
+            "at the space's own depth, and with all channels mixed; an exploration in stages, or with a part of the "
+            "channels, is followed by training what it found from scratch"
         )
     supernet.load_state_dict(kept)
     supernet.eval()

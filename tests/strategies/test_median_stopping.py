@@ -104,6 +104,18 @@ def test_trainings_that_go_on_count_the_epochs_before():
     assert keeps(history)
 
 
+def test_a_training_that_went_on_is_compared_with_once():
+    history = history_of([0.9], [0.3], [0.4])  # the last one runs
+    first = history.trials[0].architecture
+    history.start(Trial(3, Evaluate(first, weights_of=0)))
+    history.report(3, Report(1, {"value": 0.9}))
+    history.finish(3, state="complete", metrics={"value": 0.9})
+    # Two trainings: 0.9 and 0.3, median 0.6. Counted twice, the first would raise the median to 0.9.
+    others = MedianStopping(RandomSearch(), min_trials=3)
+    assert others.keep(history.trials[2], history)
+    assert not MedianStopping(RandomSearch(), min_trials=2).keep(history.trials[2], history)
+
+
 def test_explorations_are_never_stopped():
     history = history_of([0.9], [0.9], [0.1])
     history.start(Trial(3, Explore(None)))

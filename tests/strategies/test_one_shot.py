@@ -13,7 +13,7 @@ from nasplat.testing.drive import drive, trial_rng
 from nasplat.testing.landscapes import Landscape, Levels, TinyCell, one_max, one_max_edges, tiny, trade_off
 from nasplat.testing.strategy_contract import StrategyContract
 from nasplat.worker import Worker
-from strategies import Darts, OneShot, RandomSearch, RegularizedEvolution
+from strategies import BatsSearch, Darts, DrNas, OneShot, PcDarts, RandomSearch, RegularizedEvolution
 from strategies.uniform_paths import UniformPaths
 
 
@@ -176,7 +176,8 @@ def test_candidates_refused_for_a_cheap_cost_do_not_count():
     assert sum(t.state == "infeasible" for t in inherited) > 0
     assert sum(t.state == "complete" for t in inherited) == 10 and len(retrained) == 2
     nothing = drive(strategy, trade_off(limit=-1.0), 1000, find=guess, cheap=("cost",))
-    assert len(nothing.history) == 1 + 10 * 10 + 100
+    # Then what the explorer found, though it will be refused too.
+    assert len(nothing.history) == 1 + 10 * 10 + 100 + len(nothing.history.trials[0].found)
 
 
 def test_failed_paths_are_not_trained():
@@ -274,3 +275,17 @@ def test_two_at_a_time_on_ray(tmp_path):
         seed = int(np.random.SeedSequence([3, trial.number, 1]).generate_state(1)[0])
         *_, outcome = local.run(Assignment(trial.number, trial.proposal, seed))
         assert outcome.metrics["val_loss"] == trial.metrics["val_loss"]
+
+
+@pytest.mark.parametrize("explorer", [PcDarts(), BatsSearch(), DrNas()])
+def test_paths_of_a_part_of_a_supernet_are_refused_beforehand(explorer):
+    OneShot(explorer)
+    with pytest.raises(InvalidInputError, match="search=None"):
+        OneShot(explorer, search=RandomSearch())
+
+
+def test_where_no_path_can_be_scored_what_was_found_is_trained():
+    strategy = OneShot(Guess(2), search=RandomSearch(), n_search=5)
+    run = drive(strategy, one_max(), 50, find=guess, fails=lambda number: 1 <= number <= 5)
+    assert [t.architecture for t in run.history.trials[6:]] == list(run.history.trials[0].found)
+    assert run.history.best() is not None

@@ -149,7 +149,7 @@ def test_limits_on_what_is_unknown_before_training_do_not_stop_the_search_of_the
 
 def test_failed_and_refused_ones_are_not_trained():
     strategy = Screening(maximise("value"), RandomSearch(), n_search=20, n_train=20)
-    run = drive(strategy, trade_off(limit=0.4), 60, cheap=("cost",), fails=lambda number: number % 5 == 0)
+    run = drive(strategy, trade_off(limit=0.4), 200, cheap=("cost",), fails=lambda number: number % 5 == 0)
     complete = [t for t in run.history.trials if t.proposal.budget == 0 and t.state == "complete"]
     trained = [t for t in run.history.trials if t.proposal.budget == 1]
     assert 0 < len(complete) < 20
