@@ -14,7 +14,7 @@ Nothing is trained: results come from a table (docs/spaces/nasbench201.md says h
   the worst tenth of all cells in each objective, as a share of the volume of the best possible front.
 
 Means over seeds have 95 % bootstrap intervals. Differences are tested by seed (Wilcoxon's signed-rank test, corrected
-by Holm over all tests of a table; nasplat.compare). Numbers repeat exactly, whatever ``--jobs``, but for times.
+by Holm over all tests of a column; nasplat.compare). Numbers repeat exactly, whatever ``--jobs``, but for times.
 
 Raw results lie in ``OUTPUT/runs``, a file per strategy; a later call with ``--output`` the same and other strategies
 adds to them, and ``--report`` alone prints what is there. So a library that needs an environment of its own (NePS pins

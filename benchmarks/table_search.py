@@ -276,7 +276,7 @@ ARMS: Sequence[Arm] = (
     Arm("tpe", "Optuna's TPE in nasplat", "full", _OPTUNA, {"sampler": "tpe"}, seeds=100),
     Arm("qmc", "Optuna's QMC in nasplat", "full", _OPTUNA, {"sampler": "qmc"}, seeds=40),
     Arm("gp", "Optuna's GP in nasplat", "full", _OPTUNA, {"sampler": "gp"}, seeds=10),
-    Arm("predictor", "predictor search", "full", "strategies.predictor_search:PredictorSearch", seeds=60),
+    Arm("predictor", "predictor search", "full", "strategies.predictor_search:PredictorSearch"),
     Arm("optuna-tpe", "bare Optuna, TPE", "full", "optuna:TPESampler"),
     Arm("neps", "NePS, its regularised evolution", "full", "neps:neps_regularized_evolution", needs=_NEPS),
     Arm("halving", "successive halving", "short", "strategies.successive_halving:SuccessiveHalving",

@@ -149,7 +149,10 @@ class Terminal:
         failed = f", {self._failed} failed" if self._failed else ""
         copied = sum(trial.copy_of is not None for trial in self._search.history.trials[self._from :])
         copies = f" and {copied} that repeat one" if copied else ""
-        self.say(f"{done - copied} trials{copies} in {_duration(spent)}{best}{failed}")
+        why = ""
+        if self._best is None and self._failed:
+            why = ": " + next(t.reason for t in reversed(self._search.history.trials) if t.state == "failed")
+        self.say(f"{done - copied} trials{copies} in {_duration(spent)}{best}{failed}{why}")
 
 
 def _values(trial: Trial, objectives: Sequence[Objective]) -> str:

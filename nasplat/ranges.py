@@ -97,7 +97,8 @@ class Range(Sequence[Any]):
         if value >= last:
             return 1.0
         if self.log:
-            return math.log(value / first) / math.log(last / first)
+            # Differences, since a quotient of the ends may overflow.
+            return min(max((math.log(value) - math.log(first)) / (math.log(last) - math.log(first)), 0.0), 1.0)
         return (value - first) / (last - first)
 
     def nearest(self, value: float) -> Any:

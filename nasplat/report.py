@@ -42,7 +42,7 @@ FRONT, OVER, PART = "*", "!", "~"
 _LEGEND = {
     FRONT: "on the Pareto front",
     OVER: "breaks a limit",
-    PART: "trained in part, or ended early",
+    PART: "trained in part, ended early, or scored with inherited weights",
 }
 _SPREAD = "± is the median absolute deviation of one measurement's readings"
 

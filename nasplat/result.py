@@ -109,11 +109,16 @@ class Candidate:
         """
         path = self._folder / "weights.safetensors"
         if not path.exists():
+            task = self._result.task
+            # A task of the user's own script is not known here; what is on the front without weights tells the same.
+            front = {trial.number for trial in self._result.history.front()}
+            untrained = self.trial.number in front if task is None else task.function is not None
             raise UnsupportedError(
                 f"trial {self.trial.number} has no weights: "
                 + (
-                    "the study's task is a function, which trains nothing here. architecture.to_json() is the result"
-                    if self._result.task is not None and self._result.task.function is not None
+                    "the study's task is a function, which trains nothing here. architecture.to_json() is the result, "
+                    "space.build(architecture) its network, untrained"
+                    if untrained
                     else "weights are kept for the front; Study(keep_weights='all') keeps them for every trial"
                 )
             )
@@ -187,6 +192,11 @@ class Result:
     history: History
     over: str = ""
 
+    def __repr__(self) -> str:
+        best = self.history.best()
+        shown = "none yet" if best is None else Candidate(self, best)
+        return f"<{len(self.history)} trials in {self.folder}, best: {shown}>"
+
     @property
     def trials(self) -> Sequence[Trial]:
         """Every trial, by number."""
@@ -211,6 +221,7 @@ class Result:
             raise UnsupportedError(
                 f"no candidate of {self.folder} was evaluated in full and keeps the limits; trials by state: {states}"
                 + (f"; trial {failed[-1].number} failed: {failed[-1].reason}" if failed else "")
+                + (f"; the search ended because {self.over}" if self.over else "")
             )
         return Candidate(self, trial)
 

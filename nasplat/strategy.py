@@ -224,13 +224,18 @@ class History:
         return tuple(objective.loss(trial.metrics) for objective in self.objectives)
 
     def violation(self, trial: Trial) -> float:
-        """Sum of the relative excesses over the hard limits; 0 is feasible, infinite where a metric is missing."""
+        """Sum of the relative excesses over the hard limits; 0 is feasible, infinite where a metric is missing.
+
+        Of a trial that a cheap cost ended, the limits on what only training tells are left out: it was not trained.
+        """
         total = 0.0
         for constraint in self.constraints:
-            if constraint.metric not in trial.metrics:
+            if constraint.metric in trial.metrics:
+                total += constraint.violation(trial.metrics) / max(abs(constraint.bound), 1e-12)
+            elif trial.state != "infeasible":
                 return float("inf")
-            total += constraint.violation(trial.metrics) / max(abs(constraint.bound), 1e-12)
-        return total
+        # Refused under a limit that was since relaxed: it was not trained all the same.
+        return total if total > 0.0 or trial.state != "infeasible" else float("inf")
 
     def standing(self, trials: Sequence[Trial]) -> list[tuple[int, float]]:
         """How good each of these trials is among them: sort by it, the best first.

@@ -26,11 +26,13 @@ from nasplat.errors import (
     FolderError,
     FolderMismatchError,
     InvalidInputError,
+    NasplatError,
     NasplatWarning,
     SearchInterrupted,
     UnknownMetricError,
 )
 from nasplat.identity import canonical, describe, source_hash, type_name
+from nasplat.joint_space import JointSpace
 from nasplat.journal import Journal
 from nasplat.mlflow_tracker import MlflowTracker
 from nasplat.objectives import Constraint, Objective
@@ -39,7 +41,7 @@ from nasplat.result import Result, header_of, load, restored
 from nasplat.runners import local
 from nasplat.search import Event, Limits, Search, check_whole
 from nasplat.space import SearchSpace
-from nasplat.strategy import Evaluate, History, Strategy, Trial
+from nasplat.strategy import Evaluate, Explore, History, Strategy, Trial
 from nasplat.task import Task
 from nasplat.tracking import Backlog, StudyRecord, Tracker, study_tags
 from nasplat.train import place
@@ -173,7 +175,8 @@ class Study:
         self.retrain_duplicates = retrain_duplicates
         self.progress = progress
         self.tracker = tracker
-        self.meters = self._with_meters(tuple(meters))
+        self.given_meters = tuple(meters)
+        self.meters = self._with_meters(self.given_meters)
         canonical(self._identity())  # what cannot be told apart is refused now, not when there is a folder already
         self._check_folder()
 
@@ -207,6 +210,11 @@ class Study:
                     raise UnknownMetricError(
                         f"nothing in this study provides {name!r}; there are: {', '.join(known_names)}"
                         + (f"; and on demand: {', '.join(more)}" if more and self.task.function is None else "")
+                        + (
+                            f". {name} needs a network and data; this task is a function"
+                            if name in more and self.task.function is not None
+                            else ""
+                        )
                     )
         return tuple(meters)
 
@@ -314,6 +322,27 @@ class Study:
                     f"a network of {self.space!r} gives {outputs.shape[1]} logits; the task {self.task.name} has the "
                     f"class {highest}: give the space at least {highest + 1} classes"
                 )
+
+    def _check_strategy(self) -> None:
+        """Ask the strategy once, so that one that cannot search this study says so before there is a folder."""
+        if journal.read(self.folder)[0]:
+            return
+        history = History(self.space, self.objectives, self.constraints)
+        try:
+            proposal = self.strategy.propose(history, np.random.default_rng([self.seed, 0]))
+        except NasplatError:
+            raise
+        except Exception:  # a defect of the strategy: it shows where the search asks, with all that is known there
+            return
+        if not isinstance(proposal, Explore):
+            return
+        if self.task.function is not None:
+            raise InvalidInputError(
+                f"{type(self.strategy).__name__} trains a supernet; the task {self.task.name} is a function, without "
+                "data to train it on"
+            )
+        if type(self.space).supernet is SearchSpace.supernet or isinstance(self.space, JointSpace):
+            self.space.supernet()  # says why there is none
 
     # Running.
 
@@ -533,6 +562,8 @@ class Study:
         """Hold the folder, bring the search to where its journal ends, and let it go at the end."""
         if run is not None:
             self._check_build()
+            if run.get("max_trials"):
+                self._check_strategy()
         with Journal(self.folder) as held:
             if held.events:
                 self._check_same(held.events[0])  # again: it may have become another study's since

@@ -160,22 +160,23 @@ class Worker:
         if proposal.budget == 0 and proposal.weights_of is not None and assignment.source is None:
             yield self._score_path(assignment, proposal, model, example, found, clock)
             return
-        begin = time.monotonic()
         task = replace(self.task, recipe=replace(self.task.recipe, **self.space.recipe(proposal.architecture)))
         epochs = 0 if proposal.budget == 0 else max(1, round(proposal.budget * task.recipe.epochs))
         training = Training(model, task, device, assignment.seed, clock.step)
         own = trial_folder(self.folder, assignment.number) / "checkpoint.pt"
-        first, last, stopped = self._begin_from(training, assignment, own)
-        saved = time.monotonic()
+        first, last, stopped, spent = self._begin_from(training, assignment, own)
+        begin = saved = time.monotonic()
         for report in training.epochs(training.epoch if stopped else epochs):
             last = dict(report.metrics)
+            spent += time.monotonic() - begin  # not what passes until the next epoch is asked for
             # A trial counts its own epochs, wherever its weights came from.
             if (yield Report(report.step - first, last)) is False and report.step < epochs:
                 stopped = True
                 break
             if time.monotonic() - saved > CHECKPOINT_SECONDS:
-                save_checkpoint({**training.state(), "first": first, "last": last}, own)
+                save_checkpoint({**training.state(), "first": first, "last": last, "seconds": spent}, own)
                 saved = time.monotonic()
+            begin = time.monotonic()
         if proposal.recalibrate:
             recalibrate(training.model, self._calibration(assignment, proposal), clock.step)
             last = {**last, **training.validate()}
@@ -184,7 +185,7 @@ class Worker:
             last = training.validate()
         found.metrics.update(last)
         if epochs:
-            found.metrics["train_seconds"] = time.monotonic() - begin
+            found.metrics["train_seconds"] = spent
         model.eval()
         self._measure(model, example, True, found)
         if epochs or proposal.weights_of is not None:
@@ -226,21 +227,23 @@ class Worker:
     def _calibration(self, assignment: Assignment, proposal: Evaluate) -> Iterator[torch.Tensor]:
         return calibration_batches(self.task, proposal.recalibrate, assignment.seed, torch.device(self.device))
 
-    def _begin_from(self, training: Training, assignment: Assignment, own: Path) -> tuple[int, dict[str, float], bool]:
+    def _begin_from(
+        self, training: Training, assignment: Assignment, own: Path
+    ) -> tuple[int, dict[str, float], bool, float]:
         """Load what the training goes on from: its own interrupted run, or the trial named by the proposal.
 
         Returns:
-            The epoch that the trial began at, the metrics of the last epoch that it had reported itself, and whether it
-            had been told to stop there.
+            The epoch that the trial began at, the metrics of the last epoch that it had reported itself, whether it had
+            been told to stop there, and the seconds that it had trained.
         """
         proposal = assignment.proposal
         assert isinstance(proposal, Evaluate)
         if own.exists():
             state = load_checkpoint(own)
             training.load_state(state)
-            return state["first"], state["last"], state.get("stopped", False)
+            return state["first"], state["last"], state.get("stopped", False), state.get("seconds", 0.0)
         if proposal.weights_of is None:
-            return 0, {}, False
+            return 0, {}, False, 0.0
         source = trial_folder(self.folder, proposal.weights_of)
         if assignment.source == proposal.architecture and (source / "checkpoint.pt").exists():
             training.load_state(load_checkpoint(source / "checkpoint.pt"))
@@ -249,7 +252,7 @@ class Worker:
             self.space.inherit(training.model, assignment.source, load_file(source / "weights.safetensors"))
         else:
             raise InvalidInputError(f"trial {proposal.weights_of} kept no weights to go on from")
-        return training.epoch, {}, False
+        return training.epoch, {}, False, 0.0
 
     def _save(
         self,
@@ -266,7 +269,8 @@ class Worker:
         folder = trial_folder(self.folder, number)
         save_weights(training.model.state_dict(), folder / "weights.safetensors", training.phase)
         if goes_on or stopped:
-            state = {**training.state(), "first": first, "last": dict(last), "stopped": stopped}
+            seconds = found.metrics.get("train_seconds", 0.0)
+            state = {**training.state(), "first": first, "last": dict(last), "stopped": stopped, "seconds": seconds}
             save_checkpoint(state, folder / "checkpoint.pt")
         else:
             (folder / "checkpoint.pt").unlink(missing_ok=True)
@@ -309,17 +313,19 @@ class Worker:
         folder = trial_folder(self.folder, assignment.number)
         context = _Context(torch.device(self.device), assignment.seed, clock, folder / "checkpoint.pt", found.metrics)
         rng = np.random.default_rng(assignment.seed)
-        begin = time.monotonic()
         steps = proposal.explorer.explore(self.space, self.task, rng, context)
         go_on: bool | None = None
         # The first report of an exploration that goes on from a checkpoint may be of any epoch.
         last = None if context.checkpoint.exists() else 0
         while True:
+            begin = time.monotonic()
             try:
                 report = steps.send(None if go_on is None else go_on)  # type: ignore[arg-type]
             except StopIteration as end:
                 architectures = tuple(end.value or ())
                 break
+            finally:  # kept with the metrics in each checkpoint, so that a resumed run adds to it
+                found.metrics["train_seconds"] = found.metrics.get("train_seconds", 0.0) + time.monotonic() - begin
             if report.step < 1 or (last is not None and report.step > last + 1):
                 raise InvalidInputError(
                     f"{proposal.explorer!r} reports step {report.step} after {last or 0}; steps count from 1, no gaps"
@@ -334,7 +340,6 @@ class Worker:
             if not self.space.owns(architecture):
                 raise InvalidInputError(f"{proposal.explorer!r} found {architecture!r}, which is not of {self.space!r}")
             self.space.architecture(architecture.genes)
-        found.metrics["train_seconds"] = time.monotonic() - begin
         (folder / "checkpoint.pt").unlink(missing_ok=True)
         yield found.outcome("complete", found=architectures)
 

@@ -98,7 +98,11 @@ class NasBench201Table:
         if self.dataset not in found:
             raise InvalidInputError(
                 f"dataset is {self.dataset!r}; {self.path} has "
-                + (", ".join(map(repr, found)) or f"none, as no column is called <dataset>_val200_s0: {self._names()}")
+                + (
+                    ", ".join(map(repr, found))
+                    or f"none, so it is no table of NAS-Bench-201: no column is called <dataset>_val200_s0 "
+                    f"among {self._names()}"
+                )
             )
         self._check()
 

@@ -99,6 +99,9 @@ NOT_JSON = ("independent_sampler", "source_trials", "use_separable_cma", "with_m
 MAX_COMBINATIONS = 10_000
 """Ways to pick the members of one group, above which they are too many for one categorical parameter."""
 
+SEQUENCE = "nasplat:sequence_seed"
+"""The attribute of a study that holds the seed of its quasi-random sequence."""
+
 TRIES = 3
 """Suggestions tried for a valid one that was not proposed before."""
 
@@ -172,9 +175,15 @@ class OptunaSearch:
         kind = SAMPLERS[self.sampler] if isinstance(self.sampler, str) else self.sampler
         return CmaEs if kind is CmaEsSampler else kind
 
+    @property
+    def _is_sequence(self) -> bool:
+        return issubclass(self._kind, optuna.samplers.QMCSampler)
+
     def _make(self, seed: int) -> BaseSampler:
         kind = self._kind
-        made: BaseSampler = kind(**self.options, seed=seed)
+        # Unscrambled, every study would begin with the same points, and most of those would be alike.
+        options = {"scramble": True, **self.options} if self._is_sequence else self.options
+        made: BaseSampler = kind(**options, seed=seed)
         return made
 
     def propose(self, history: History, rng: np.random.Generator) -> Evaluate | None:
@@ -208,8 +217,13 @@ class OptunaSearch:
 
         notes: dict[str, Any] = {}
         for _ in range(TRIES):
+            seed = int(rng.integers(2**32))
+            if self._is_sequence:  # one sequence for the whole study: its first trial notes the seed
+                seed = mirror.attributes.get(SEQUENCE, seed)
             with _quiet():
-                params, notes = mirror.ask(self._make(int(rng.integers(2**32))))
+                params, notes = mirror.ask(self._make(seed))
+            if self._is_sequence and SEQUENCE not in mirror.attributes:
+                notes["optuna_study"] = {**notes.get("optuna_study", {}), SEQUENCE: seed}
             genes = mirror.encoding.genes(params)
             if not space.is_valid(genes):
                 continue
@@ -338,7 +352,7 @@ class _Mirror:
         self._revision = -1
         self._trials: list[FrozenTrial] = []
         self._running: list[int] = []
-        self._study_attributes: dict[str, Any] = {}
+        self.attributes: dict[str, Any] = {}
 
     def update(self, history: History) -> None:
         if history.revision == self._revision:
@@ -348,7 +362,7 @@ class _Mirror:
             self._trials[number] = self._freeze(history.trials[number], history)
         for trial in history.trials[len(self._trials) :]:
             self._trials.append(self._freeze(trial, history))
-            self._study_attributes.update(trial.proposal.notes.get("optuna_study", {}))
+            self.attributes.update(trial.proposal.notes.get("optuna_study", {}))
         self._running = [trial.number for trial in history.running]
         self._revision = history.revision
 
@@ -357,12 +371,12 @@ class _Mirror:
         storage = _Storage(self._trials)
         study = optuna.create_study(storage=storage, sampler=sampler, directions=self._directions)
         identity = storage.get_study_id_from_name(study.study_name)
-        for key, value in self._study_attributes.items():
+        for key, value in self.attributes.items():
             storage.set_study_system_attr(identity, key, value)
         asked = study.ask(self.encoding.distributions)
         # Parameters shared ahead of their suggestion are for processes that see half a trial; here it is whole.
         attributes = {k: v for k, v in storage.get_trial(0).system_attrs.items() if "relative_params" not in k}
-        known = self._study_attributes
+        known = self.attributes
         made = {k: v for k, v in storage.get_study_system_attrs(identity).items() if k not in known or known[k] != v}
         notes: dict[str, Any] = {}
         if attributes:

@@ -272,6 +272,21 @@ def test_a_trial_that_was_stopped_and_killed_before_it_said_so_is_stopped_again(
     assert on.state == "complete"
 
 
+def test_training_time_is_that_of_all_runs_of_a_trial(worker, monkeypatch):
+    """Each look at the clock is a second: what passes between two epochs, while nobody trains, is not counted."""
+    patient = replace(worker, task=replace(worker.task, recipe=replace(worker.task.recipe, epochs=4)), meters=())
+    seconds = iter(range(10_000))
+    monkeypatch.setattr(module.time, "monotonic", lambda: next(seconds))
+    monkeypatch.setattr(module, "CHECKPOINT_SECONDS", 0.0)
+    _, whole = run(patient, assignment(0))
+    steps = patient.run(assignment(1))
+    for _ in range(3):
+        next(steps)
+    steps.close()  # killed in the third epoch's report: two are saved
+    _, resumed = run(patient, assignment(1))
+    assert resumed.metrics["train_seconds"] == whole.metrics["train_seconds"]
+
+
 def test_measuring_alone_leaves_no_weights(worker):
     _, outcome = run(worker, assignment(budget=0.0))
     assert outcome.state == "complete"

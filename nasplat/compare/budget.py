@@ -13,6 +13,16 @@ COST = ("train_seconds", "measure_seconds")
 """What seconds are charged where a budget does not say."""
 
 
+UNLIMITED = 10**9
+"""So many trials or candidates that another limit ends the search."""
+
+PROPOSED = 100
+"""Candidates that may be proposed for each evaluation of a budget, and ten times as many to begin with."""
+
+PROPOSED_CHARGED = 100_000
+"""Candidates that may be proposed where a metric is charged, since refused ones and copies cost nothing of it."""
+
+
 @dataclass(frozen=True)
 class Budget:
     """So much of one thing for each study. Made by ``evaluations``, ``hours`` or ``charged``.
@@ -35,6 +45,17 @@ class Budget:
         object.__setattr__(self, "metrics", tuple(self.metrics))
         if not self.metrics or not all(isinstance(name, str) and name for name in self.metrics):
             raise InvalidInputError(f"metrics is {self.metrics!r}; names of metrics are needed")
+
+    @property
+    def proposals(self) -> int:
+        """Candidates that a study may propose, those refused for a cheap cost and copies included.
+
+        Only a study that gets nothing evaluated any more should end by it: one that repeats itself, or that does not
+        meet the constraints. The clock of a budget of hours ends such a study anyway.
+        """
+        if self.kind == "evaluations":
+            return int(PROPOSED * (self.amount + 10))
+        return PROPOSED_CHARGED if self.kind == "charged" else UNLIMITED
 
     def __str__(self) -> str:
         if self.kind == "evaluations":

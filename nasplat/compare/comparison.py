@@ -397,6 +397,15 @@ class Comparison:
             ended = [trace for trace in traces if trace.exhausted and trace not in short]
             if ended:
                 said.append(f"{name}: {len(ended)} studies ended by themselves: {ended[0].over}.")
+            capped = [trace for trace in traces if trace.capped(self.budget) and not trace.used(self.budget)]
+            if capped:
+                counts = [trace.evaluations for trace in capped]
+                seeds = listed(str(trace.seed) for trace in capped)
+                said.append(
+                    f"{name}: {len(capped)} of {len(traces)} studies (seeds {seeds}) did not use the budget up with "
+                    f"{self.budget.proposals} candidates, and count with the {_range(counts)} evaluations that they "
+                    "had; the other candidates were refused for a cheap cost, or were copies."
+                )
         if self.budget.kind == "evaluations":
             for name, traces in self.traces.items():
                 rows = [trace.within(self.budget)["whole"] for trace in traces]
@@ -684,6 +693,10 @@ def _reference(
         float(values[column].min() if objective.direction == "maximise" else values[column].max())
         for column, objective in zip(columns, objectives, strict=True)
     )
+
+
+def _range(counts: Sequence[int]) -> str:
+    return str(counts[0]) if len(set(counts)) == 1 else f"{min(counts)} to {max(counts)}"
 
 
 def _span(low: float, high: float) -> str:

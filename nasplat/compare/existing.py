@@ -58,6 +58,8 @@ def studies_in(folders: Sequence[str | Path]) -> list[Path]:
 def names_of(strategies: Mapping[str, Any]) -> dict[str, str]:
     """A short name for each strategy: its class, and the parameters in which it differs from others of that class.
 
+    Those whose names would be the same all the same are numbered.
+
     Args:
         strategies: Descriptions (:func:`nasplat.identity.describe`) by any key.
     """
@@ -74,6 +76,11 @@ def names_of(strategies: Mapping[str, Any]) -> dict[str, str]:
             f"{name}={value if isinstance(value, str) else canonical(value)}" for name, value in own.items()
         )
         names[key] = f"{kind}({shown})" if own else kind
+    # Classes of one name in two modules, or 1 and "1", read the same.
+    alike = {name: [key for key in names if names[key] == name] for name in names.values()}
+    for name, keys in alike.items():
+        for index, key in enumerate(keys if len(keys) > 1 else [], start=1):
+            names[key] = f"{name} ({index})"
     return names
 
 

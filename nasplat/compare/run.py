@@ -13,18 +13,18 @@ from typing import Any, Literal, TypeAlias
 
 from nasplat import journal, plugins
 from nasplat.checks import is_whole
-from nasplat.compare.budget import Budget, budget_of
+from nasplat.compare.budget import UNLIMITED, Budget, budget_of
 from nasplat.compare.comparison import Comparison, report_of
 from nasplat.compare.statistics import Centre
-from nasplat.compare.trace import Trace, trace_of
+from nasplat.compare.trace import Terms, trace_of
 from nasplat.compare.verdict import listed, number
-from nasplat.errors import InvalidInputError, NasplatWarning, SearchInterrupted
+from nasplat.errors import FolderMismatchError, InvalidInputError, NasplatWarning, SearchInterrupted
 from nasplat.identity import canonical, describe
 from nasplat.mlflow_tracker import MlflowTracker
 from nasplat.objectives import Constraint, Objective
 from nasplat.result import Result
 from nasplat.space import SearchSpace
-from nasplat.strategy import Strategy
+from nasplat.strategy import Evaluate, Strategy
 from nasplat.study import Study
 from nasplat.task import Task
 from nasplat.tracking import Tracker
@@ -34,8 +34,6 @@ RANDOM = "random_search"
 
 NAME = "random"
 """What the random arm is called where it is added."""
-
-UNLIMITED = 10**9
 
 ArmSource: TypeAlias = Strategy | Study | Callable[[int], Study]
 
@@ -114,7 +112,8 @@ def compare(
     Raises:
         InvalidInputError: An argument is outside what is legal, or arms differ in space, task, objectives or
             constraints.
-        FolderMismatchError: A study's folder holds another study: an arm of this name had other parameters.
+        FolderMismatchError: A study's folder holds another study: an arm of this name had other parameters, or the
+            comparison other objectives or constraints.
         SearchInterrupted: Ctrl-C. The same call goes on.
     """
     budget = budget_of(budget)
@@ -219,8 +218,12 @@ def _place(home: Path, name: str, seed: int) -> Path:
 
 
 def _copied(study: Study, **changes: Any) -> Study:
-    """The same study with other arguments."""
-    return Study(**{name: getattr(study, name) for name in inspect.signature(Study).parameters} | changes)
+    """The same study with other arguments.
+
+    Of the meters only those that were given: what the study's own strategy asked for is no cost of another's.
+    """
+    arguments = {name: getattr(study, name) for name in inspect.signature(Study).parameters}
+    return Study(**arguments | {"meters": study.given_meters} | changes)
 
 
 def _check_alike(made: Mapping[str, Study]) -> None:
@@ -280,6 +283,8 @@ def _run_all(
                     f"interrupted in {name}, seed {seed} ({count} of {len(names) * len(seeds)} studies); everything "
                     "finished is kept, and the same call goes on"
                 ) from interrupt
+            except FolderMismatchError:
+                raise  # a mistake in the call, with whichever seed it shows
             except Exception as error:
                 # An arm that has never worked is a mistake in the call; a seed that fails later is a result.
                 if not results[name]:
@@ -302,33 +307,74 @@ def run_study(study: Study, budget: Budget, **run: Any) -> Result:
         run: Further arguments of :meth:`nasplat.Study.run`.
 
     Raises:
-        InvalidInputError: No trial has a metric that the budget charges.
+        FolderMismatchError: What is in the folder was run for other objectives or constraints.
+        InvalidInputError: A training has none of the metrics that the budget charges, or none was charged anything.
     """
     while True:
-        trace = _trace(study, budget)
-        if trace is not None and trace.complete(budget):
-            return study.result()
+        result = _so_far(study)
+        trace = None if result is None else trace_of(result, metrics=budget.metrics)
+        if result is not None and trace is not None and trace.complete(budget):
+            return result
         if budget.kind == "evaluations":
-            return study.run(int(budget.amount), **run)
+            return study.run(int(budget.amount), max_proposals=budget.proposals, **run)
         if budget.kind == "hours":
-            return study.run(UNLIMITED, max_hours=budget.amount, **run)
+            return study.run(UNLIMITED, max_hours=budget.amount, max_proposals=budget.proposals, **run)
         done, spent = (0, 0.0) if trace is None else (trace.evaluations, trace.spent)
-        if done and not spent:
-            raise InvalidInputError(
-                f"none of {done} trials of {study.folder} has {listed(budget.metrics)}, which the budget charges"
-            )
+        if result is not None:
+            _check_charged(result, budget, spent)
         # In parts, since what a trial costs is known afterwards: a little less than seems to be left, but never more
-        # than twice what is known.
+        # than twice what is known. A strategy may begin with trials that cost nothing.
         least = max(1, int(run.get("workers", 0)))
-        more = int(0.9 * (budget.amount - spent) * done / spent) if spent else least
-        study.run(done + min(max(more, least), 2 * done + least), **run)
+        more = max(int(0.9 * (budget.amount - spent) * done / spent), least) if spent else UNLIMITED
+        study.run(done + min(more, done + least), max_proposals=budget.proposals, **run)
 
 
-def _trace(study: Study, budget: Budget) -> Trace | None:
-    """The trace of what is in the folder; None where nothing was run yet."""
+def _so_far(study: Study) -> Result | None:
+    """What is in the folder; None where nothing was run yet.
+
+    Raises:
+        FolderMismatchError: It was run for other objectives or constraints.
+    """
     if not (study.folder / journal.FILE).exists():
         return None
-    return trace_of(study.result(), metrics=budget.metrics)
+    result = study.result()
+    # A study by itself may go on with others. Here those that had ended would keep the old ones beside it.
+    for part, there, here in zip(
+        ("objectives", "constraints"), Terms.of(result).made(), (study.objectives, study.constraints), strict=True
+    ):
+        if there != here:
+            raise FolderMismatchError(
+                f"{study.folder} was run with other {part}. There: {_shown(there)}. Here: {_shown(here)}. Use another "
+                f"folder, or the same {part}; nothing was changed"
+            )
+    return result
+
+
+def _shown(wishes: Sequence[Objective | Constraint]) -> str:
+    return ", ".join(map(str, wishes)) or "none"
+
+
+def _check_charged(result: Result, budget: Budget, spent: float) -> None:
+    """Refuse a budget that training does not use up."""
+    trained = [
+        trial
+        for trial in result.history.finished()
+        if trial.state == "complete"
+        and isinstance(trial.proposal, Evaluate)
+        and trial.proposal.budget > 0
+        and trial.copy_of is None
+    ]
+    lacking = [trial for trial in trained if not any(name in trial.metrics for name in budget.metrics)]
+    if lacking:
+        raise InvalidInputError(
+            f"{len(lacking)} of {len(trained)} trainings in {result.folder} (first: trial {lacking[0].number}) have "
+            f"no {' or '.join(budget.metrics)}, which the budget charges"
+        )
+    if trained and not spent:
+        raise InvalidInputError(
+            f"none of {len(trained)} trainings in {result.folder} has {listed(budget.metrics)}, which the budget "
+            "charges, above 0"
+        )
 
 
 def _found(result: Result) -> str:

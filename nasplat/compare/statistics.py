@@ -8,7 +8,8 @@ answer is at most ``alpha``. The procedure follows Demšar (JMLR 7, 2006), with 
 post-hoc tests on mean ranks, whose outcome for two arms hangs on which others are compared (Benavoli et al., JMLR 17,
 2016).
 
-All p-values are SciPy's.
+The p of the signed-rank test is exact, with ties and zeros too, up to :data:`EXACT` differences that are not zero;
+the other p-values are SciPy's.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import math
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import combinations
 from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
@@ -32,14 +34,14 @@ Centre: TypeAlias = Literal["mean", "median"]
 Direction: TypeAlias = Literal["maximise", "minimise"]
 Outcome: TypeAlias = Literal["better", "worse", "mixed", "not distinguishable", "too few seeds", "nothing paired"]
 
-EXACT = 50
-"""Up to so many pairs without ties the signed-rank test is exact; with ties, up to :data:`EXACT_TIES`."""
-
-EXACT_TIES = 13
-"""2**13 sign flips are all enumerated. Above, the normal approximation with the correction for ties."""
+EXACT = 200
+"""Up to so many differences that are not zero the signed-rank test is exact. Above, SciPy's normal approximation."""
 
 POWER = 0.8
 """The chance of being found that "could have been detected" stands for."""
+
+SIMULATED = 4000
+"""Samples from which a detectable difference is found: its chance is then right to about 0.01."""
 
 
 class Interval(NamedTuple):
@@ -93,7 +95,7 @@ class Pair:
         difference: Mean or median of ``a - b`` over seeds where both have a number, in the metric's unit.
         interval: Bootstrap interval of the difference, for this difference alone (not corrected).
         detectable: A difference that this test would find with a chance of :data:`POWER`, given the spread of the
-            differences over seeds (t approximation, at Bonferroni's level); infinite where no difference could be.
+            differences over seeds (of normal differences, at Bonferroni's level); infinite where none could be.
         a12: Vargha and Delaney's A: the chance that ``a`` is better than ``b`` with seeds drawn apart, ties half.
         rank_biserial: Matched-pairs rank-biserial correlation in [-1, 1]; 1: ``a`` is better with every seed.
         outcome: What is shown of ``a``: better or worse than ``b``; "mixed" where the ranks differ one way and the
@@ -491,20 +493,33 @@ def _signed_rank(a: Floats, b: Floats) -> _Test:
     # Pratt's method: zeros take part in the ranking and fall out of both sums.
     ranks = stats.rankdata(sizes)
     plus, minus = float(ranks[signs > 0].sum()), float(ranks[signs < 0].sum())
-    tied = len(np.unique(sizes)) < len(sizes) or not sizes.all()
-    if tied and len(d) <= EXACT_TIES:
-        # scipy.stats.wilcoxon with a PermutationMethod does the same, but ranks anew, in Python, for each sign flip.
-        p = stats.permutation_test(
-            (signs * ranks,),
-            lambda flipped, axis: flipped.sum(axis=axis),
-            permutation_type="samples",
-            vectorized=True,
-            n_resamples=2**EXACT_TIES,
-        ).pvalue
+    if np.count_nonzero(d) <= EXACT:
+        # scipy.stats.wilcoxon is exact without ties and zeros only.
+        p = 2 * _tail(ranks[signs != 0])[round(2 * max(plus, minus))]
     else:
-        method = "exact" if not tied and len(d) <= EXACT else "asymptotic"
-        p = stats.wilcoxon(d, zero_method="pratt", correction=True, method=method).pvalue
+        p = stats.wilcoxon(d, zero_method="pratt", correction=True, method="asymptotic").pvalue
     return _Test(d, min(1.0, float(p)), (plus - minus) / (plus + minus))
+
+
+def _tail(ranks: Floats) -> Floats:
+    """Chances that the ranks with a positive sign sum to at least so much, where each sign is a fair coin.
+
+    Args:
+        ranks: ``(n,)``, whole or half.
+
+    Returns:
+        ``(2 * ranks.sum() + 1,)``: at index ``k`` the chance of a sum of at least ``k / 2``. The distribution is built
+        rank by rank, as the convolution of the two outcomes of each sign.
+    """
+    doubled = np.rint(2 * ranks).astype(int)
+    chances = np.zeros(int(doubled.sum()) + 1)
+    chances[0] = 1.0
+    for rank in doubled:
+        shifted = np.zeros_like(chances)
+        shifted[rank:] = chances[:-rank]
+        chances = (chances + shifted) / 2
+    tail: Floats = np.cumsum(chances[::-1])[::-1]  # from the small end: no digits of a small tail are lost
+    return tail
 
 
 def _differences(a: Floats, b: Floats) -> Floats:
@@ -571,14 +586,29 @@ def _pair(
 
 
 def _detectable(gains: Floats, alpha: float) -> float:
-    """The mean difference that a paired test at this level finds with a chance of :data:`POWER`; NaN below two."""
+    """The mean difference that this test at this level finds with a chance of :data:`POWER`; NaN below two."""
+    if len(gains) < 2:
+        return float("nan")
+    return _detectable_shift(len(gains), alpha) * float(gains.std(ddof=1))
+
+
+@lru_cache(maxsize=1024)
+def _detectable_shift(n: int, alpha: float) -> float:
+    """The mean, in standard deviations, at which ``n`` normal differences are shown to be positive, 8 times in 10."""
     from scipy import stats
 
-    n = len(gains)
-    if n < 2:
-        return float("nan")
-    quantiles = stats.t.ppf([1 - alpha / 2, POWER], n - 1)
-    return float(quantiles.sum() * gains.std(ddof=1) / math.sqrt(n))
+    if n > EXACT:  # the signed-rank test is as good as the t test of 3 / pi as many differences
+        return float(stats.norm.ppf([1 - alpha / 2, POWER]).sum() / math.sqrt(n * 3 / math.pi))
+    shown = np.flatnonzero(2 * _tail(np.arange(1.0, n + 1)) <= alpha)
+    if not shown.size:
+        return math.inf
+    # The sum of the positive ranks is the number of pairs (i <= j) with a positive mean (Walsh averages), so a sample
+    # is shown to be positive from that shift on which makes enough of them positive.
+    least = (int(shown[0]) + 1) // 2
+    i, j = np.triu_indices(n)
+    samples = np.random.default_rng(0).standard_normal((SIMULATED, n))
+    needed = [-np.partition((x[i] + x[j]) / 2, len(i) - least)[len(i) - least] for x in samples]
+    return float(np.quantile(needed, POWER))
 
 
 def _friedman(table: Mapping[str, Floats]) -> Friedman | None:

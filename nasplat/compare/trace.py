@@ -62,8 +62,8 @@ class Trace:
         workers: Trials at a time.
         over: Why its last run ended; "" where it was killed.
         trials: A row a trial that ended, in the order of ending. ``trial``: its number; ``evaluation``: trials worked
-            on so far; ``whole``: evaluated in full; ``ended``: seconds of searching; ``busy``: seconds that it ran;
-            ``training``, ``measuring``: as it recorded; ``charged``: the budget's metrics, summed so far;
+            on so far; ``whole``: evaluated in full, not stopped; ``ended``: seconds of searching; ``busy``: seconds
+            that it ran; ``training``, ``measuring``: as it recorded; ``charged``: the budget's metrics, summed so far;
             ``held_out``: the metric to report; then each objective's metric, NaN where the trial does not count
             (failed, infeasible, in part, a copy).
     """
@@ -88,12 +88,19 @@ class Trace:
     @property
     def exhausted(self) -> bool:
         """Whether the search ended because there was nothing more to evaluate: more budget would change nothing."""
-        return bool(self.over) and not re.match(r"max_hours|\d+ of \d+ trials are done", self.over)
+        return bool(self.over) and not re.match(r"max_hours|max_proposals|\d+ of \d+ trials are done", self.over)
+
+    def capped(self, budget: Budget) -> bool:
+        """Whether the search ended because it had proposed all the candidates that the budget allows."""
+        reached = re.match(r"max_proposals: (\d+)", self.over)
+        return reached is not None and int(reached[1]) >= budget.proposals
 
     def complete(self, budget: Budget) -> bool:
-        """Whether the study used the budget up, or ended by itself before."""
-        if self.exhausted:
-            return True
+        """Whether the study used the budget up, or ended by itself or by the budget's limit on proposals before."""
+        return self.exhausted or self.capped(budget) or self.used(budget)
+
+    def used(self, budget: Budget) -> bool:
+        """Whether the study used the budget up."""
         if self.evaluations == 0:
             return False
         match budget.kind:
@@ -187,7 +194,7 @@ def trace_of(result: Result, *, metrics: Sequence[str] = COST, report: str | Non
             [
                 trial.number,
                 evaluation,
-                trial.full or trial.state == "infeasible" or copied,
+                (trial.full and trial.state != "stopped") or trial.state == "infeasible" or copied,
                 trial.finished,
                 busy,
                 found.get("train_seconds", 0.0),

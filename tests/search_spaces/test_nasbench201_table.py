@@ -178,7 +178,7 @@ def test_survives_pickle_and_notices_another_file(tmp_path: Path, table: NasBenc
         ({"code": np.full((3, 6), 5, dtype=np.uint8)}, r"code is in 5\.\.5; legal: 0 to 4"),
         ({"lat_ms_raspi4": np.zeros(2)}, r"lat_ms_raspi4 has shape \(2,\); legal: \(3,\)"),
         ({f"cifar10_val200_s{seed}": np.full(3, np.nan) for seed in range(3)}, "is without NaN"),
-        ({f"cifar10_val200_s{seed}": None for seed in range(3)}, "none, as no column is called <dataset>_val200_s0"),
+        ({f"cifar10_val200_s{seed}": None for seed in range(3)}, "none, so it is no table of NAS-Bench-201"),
     ],
 )
 def test_wrong_files_say_what_is_needed(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
