@@ -339,19 +339,18 @@ def _so_far(study: Study) -> Result | None:
         return None
     result = study.result()
     # A study by itself may go on with others. Here those that had ended would keep the old ones beside it.
-    for part, there, here in zip(
-        ("objectives", "constraints"), Terms.of(result).made(), (study.objectives, study.constraints), strict=True
+    objectives, constraints = Terms.of(result).made()
+    for part, same, there, here in (
+        ("objectives", objectives == study.objectives, objectives, study.objectives),
+        ("constraints", constraints == study.constraints, constraints, study.constraints),
     ):
-        if there != here:
+        if not same:
+            was, now = (", ".join(map(str, wishes)) or "none" for wishes in (there, here))
             raise FolderMismatchError(
-                f"{study.folder} was run with other {part}. There: {_shown(there)}. Here: {_shown(here)}. Use another "
-                f"folder, or the same {part}; nothing was changed"
+                f"{study.folder} was run with other {part}. There: {was}. Here: {now}. Use another folder, or the same "
+                f"{part}; nothing was changed"
             )
     return result
-
-
-def _shown(wishes: Sequence[Objective | Constraint]) -> str:
-    return ", ".join(map(str, wishes)) or "none"
 
 
 def _check_charged(result: Result, budget: Budget, spent: float) -> None:

@@ -15,14 +15,21 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import torch
+from helpers import Mlp
+from torch import nn
 from typer.testing import CliRunner
 
 from nasplat import Evaluate, Result, Study, Task, at_most, journal, load, maximise, minimise
 from nasplat.cli import app
-from nasplat.compare import Comparison, charged, compare, evaluations, hours
+from nasplat.compare import Budget, Comparison, charged, compare, evaluations, hours
 from nasplat.compare.existing import names_of, studies_in
+from nasplat.compare.run import _makers, _with_random, run_study
 from nasplat.compare.trace import trace_of
+from nasplat.cost import Count
 from nasplat.errors import FolderError, FolderMismatchError, InvalidInputError, NasplatWarning
+from nasplat.objectives import Objective
+from nasplat.space import space_from
 from nasplat.testing.landscapes import Levels
 from strategies.random_search import RandomSearch
 from strategies.regularized_evolution import RegularizedEvolution
@@ -49,6 +56,24 @@ class Climb:
     def propose(self, history, rng):
         order = sorted(SPACE.enumerate(), key=lambda a: (-sum(a.genes.values()), a.id))
         return Evaluate(order[len(history)]) if len(history) < len(order) else None
+
+
+@dataclass(frozen=True)
+class Same:
+    """One architecture, over and over."""
+
+    def propose(self, history, rng):
+        return Evaluate(next(iter(SPACE.enumerate())))
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Asks for a meter by an objective of its own."""
+
+    by: Objective
+
+    def propose(self, history, rng):
+        return None
 
 
 @dataclass(frozen=True)
@@ -217,6 +242,31 @@ def test_another_strategy_under_an_old_name_is_refused(climbed: tuple[Comparison
         run({"climb": Three()}, climbed[1])
 
 
+def test_other_objectives_or_constraints_in_an_old_folder_are_refused(tmp_path: Path) -> None:
+    run({"climb": Climb()}, tmp_path, seeds=[0, 1], budget=1)
+    for new, changes, said in (
+        (2, {"objectives": [maximise("cost")]}, "other objectives. There: maximise value. Here: maximise cost."),
+        (3, {"constraints": [at_most("cost", 0.5)]}, "other constraints. There: none. Here: cost at most 0.5."),
+    ):
+        # The first seed is new, and runs: what is wrong is said all the same, not taken for a seed that failed.
+        with pytest.raises(FolderMismatchError, match=said):
+            run({"climb": Climb()}, tmp_path, seeds=[new, 0], budget=1, **changes)
+
+
+def test_the_random_arm_has_the_given_meters_only(tmp_path: Path) -> None:
+    shared = {
+        "space": Mlp(classes=10, inputs=64),
+        "task": Task.digits(epochs=1),
+        "objectives": [maximise("val_accuracy")],
+    }
+    makers = _makers({"scores": Scores(maximise("synflow"))}, shared, {"tracker": None}, tmp_path)
+    made = {"scores": makers["scores"](0)}
+    assert "synflow" in {name for meter in made["scores"].meters for name in meter.metrics}
+    random = makers[_with_random(makers, made, tmp_path)](0)
+    assert "synflow" not in {name for meter in random.meters for name in meter.metrics}
+    assert "params" in {name for meter in random.meters for name in meter.metrics}
+
+
 # Budgets.
 
 
@@ -233,6 +283,59 @@ def test_equal_charged_cost(tmp_path: Path) -> None:
 def test_a_cost_that_no_trial_has_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InvalidInputError, match="has train_seconds, which the budget charges"):
         run({"climb": Climb()}, tmp_path, task=Task.from_function(free), budget=charged(1, "train_seconds"))
+
+
+@dataclass(frozen=True)
+class Looks:
+    """Five architectures at no training, then all."""
+
+    def propose(self, history, rng):
+        return Evaluate(history.draw_new(rng), budget=0.0 if len(history) < 5 else 1.0)
+
+
+def test_trials_that_cost_nothing_may_come_first(tmp_path: Path) -> None:
+    task = Task.from_function(lambda architecture, budget, seed: {"value": 1.0, "train_seconds": 10 * budget})
+    comparison = run({"looks": Looks()}, tmp_path, seeds=[0], task=task, budget=charged(45, "train_seconds"))
+    (trace,) = comparison.traces["looks"]
+    assert trace.complete(comparison.budget)
+    assert trace.within(comparison.budget)["charged"].tolist() == [0.0] * 5 + [10.0, 20.0, 30.0, 40.0]
+
+
+def strict(architecture, budget, seed):
+    return {"value": sum(architecture.genes.values()) / 12, "train_seconds": 1.0}
+
+
+@pytest.mark.parametrize("budget", [charged(4, "train_seconds"), evaluations(4)], ids=str)
+def test_candidates_refused_for_a_cheap_cost_do_not_end_a_study_early(budget: Budget, tmp_path: Path) -> None:
+    """One in five meets the limit, so a limit on proposals that fits fewer evaluations is reached at once."""
+    task = Task.from_function(strict, metrics=["value"], example=torch.zeros(1, 1))
+    space = space_from(
+        lambda genes: nn.Linear(1, 1 + sum(genes.values())), {f"g{k}": tuple(range(6)) for k in range(8)}
+    )
+    study = Study(
+        space, RandomSearch(), task, [maximise("value")], [at_most("params", 32)], folder=tmp_path / "a", tracker=None,
+        progress=False, meters=[Count()],
+    )  # fmt: skip
+    short = study.run(4, max_proposals=6)
+    assert short.over.startswith("max_proposals")
+    assert not trace_of(short).exhausted
+    assert not trace_of(short).complete(budget)
+    trace = trace_of(run_study(study, budget), metrics=budget.metrics)
+    assert trace.evaluations == 4
+    assert trace.used(budget)
+
+
+def test_the_limit_on_proposals_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules["nasplat.compare.budget"], "PROPOSED", 2)
+    comparison = run({"same": Same()}, tmp_path, seeds=[0], budget=5)
+    (trace,) = comparison.traces["same"]
+    assert (len(trace.trials), trace.evaluations, trace.exhausted) == (30, 1, False)
+    assert trace.complete(evaluations(5))
+    assert not trace.complete(evaluations(6))
+    assert not comparison.per_seed().isna().any(axis=None)
+    notes = "\n".join(comparison.notes())
+    assert "same: 1 of 1 studies (seeds 0) did not use the budget up with 30 candidates, and count with the 1 " in notes
+    assert "ended by themselves" not in notes
 
 
 def test_equal_wall_clock(tmp_path: Path) -> None:
@@ -369,6 +472,20 @@ def test_accounts_add_up(tmp_path: Path) -> None:
     assert two.training + two.measuring + two.scheduling + two.idle == pytest.approx(2 * two.wall)
 
 
+def test_a_stopped_trial_is_not_one_in_full(tmp_path: Path) -> None:
+    one(tmp_path / "a", RandomSearch(), trials=2)
+    file = tmp_path / "a" / journal.FILE
+    lines = file.read_text().splitlines()
+    events = [json.loads(line) for line in lines]
+    at = next(k for k, event in enumerate(events) if event["event"] == "finish")
+    assert events[at]["state"] == "complete"
+    file.write_text("\n".join([*lines[:at], json.dumps({**events[at], "state": "stopped"}), *lines[at + 1 :]]) + "\n")
+    trace = trace_of(load(tmp_path / "a"))
+    assert trace.trials["whole"].tolist() == [False, True]
+    notes = "\n".join(Comparison.from_results({"random": [load(tmp_path / "a")]}).notes())
+    assert "random: 50% of its trials train in part" in notes
+
+
 def test_held_out_is_that_of_the_pick(tmp_path: Path) -> None:
     comparison = run({"climb": Climb()}, tmp_path, report="test_value")
     table = comparison.held_out_per_seed()
@@ -380,9 +497,8 @@ def test_held_out_is_that_of_the_pick(tmp_path: Path) -> None:
     assert (tmp_path / "held_out.csv").exists()
 
 
+@pytest.mark.slow
 def test_test_accuracy_of_the_pick_s_weights(tmp_path: Path) -> None:
-    from helpers import Mlp
-
     task = Task.digits(epochs=1, limit=64)
     comparison = compare(
         {"evolution": RegularizedEvolution(population=2, sample=2)}, space=Mlp(classes=10, inputs=64), task=task,
@@ -520,6 +636,16 @@ def test_arms_are_named_by_what_they_differ_in() -> None:
         "c": described("Random"),
     })  # fmt: skip
     assert names == {"a": "Evolution(population=10)", "b": "Evolution(population=20)", "c": "Random"}
+
+
+def test_arms_that_read_the_same_are_numbered() -> None:
+    names = names_of({
+        "a": {"type": "m1:Evolution", "fields": {"p": 1}},
+        "b": {"type": "m2:Evolution", "fields": {"p": 1}},
+        "c": {"type": "m:Other", "fields": {"p": "1"}},
+        "d": {"type": "m:Other", "fields": {"p": 1}},
+    })  # fmt: skip
+    assert names == {"a": "Evolution (1)", "b": "Evolution (2)", "c": "Other(p=1) (1)", "d": "Other(p=1) (2)"}
 
 
 def test_studies_below_a_folder_count_once(climbed: tuple[Comparison, Path]) -> None:

@@ -1,4 +1,5 @@
 import math
+from itertools import product
 
 import numpy as np
 import pytest
@@ -67,10 +68,33 @@ def test_differences_equal_but_for_rounding_are_ties() -> None:
     assert pair.p == pytest.approx(14 / 64)
 
 
-def test_many_seeds_with_ties_use_the_normal_approximation_of_scipy() -> None:
-    d = np.tile([3.0, 1.0, 2.0, -1.0, 0.0], 6)
+@pytest.mark.parametrize("n", [6, 14, 30, 50])
+def test_without_ties_the_p_is_scipy_s_exact_one(n: int) -> None:
+    d = np.random.default_rng(n).normal(0.3, 1.0, size=n)
+    assert two(d, resamples=0).pairs[0].p == pytest.approx(stats.wilcoxon(d, method="exact").pvalue, rel=1e-12)
+
+
+@pytest.mark.parametrize("zeros", [0, 3, 16])
+def test_with_ties_and_zeros_the_p_is_that_of_all_sign_flips(zeros: int) -> None:
+    d = np.array([3.0, 1.0, 2.0, -1.0, 2.0, 2.0, -3.0, 5.0, 5.0, 1.0, 1.0, -2.0, 4.0, 3.0] + [0.0] * zeros)
+    ranks = stats.rankdata(np.abs(d))[d != 0]
+    flips = np.array(list(product((0, 1), repeat=len(ranks)))) @ ranks
+    observed = ranks[d[d != 0] > 0].sum()
+    expected = 2 * min((flips >= observed).mean(), (flips <= observed).mean())
+    assert two(d, resamples=0).pairs[0].p == pytest.approx(expected, rel=1e-12)
+
+
+def test_few_differences_among_many_zeros_show_nothing() -> None:
+    # Four of one sign among 20: 2 / 2**4, where the normal approximation has 0.049.
+    pair = two([1.0, 2.0, 3.0, 4.0] + [0.0] * 16, resamples=0).pairs[0]
+    assert pair.p == pytest.approx(0.125)
+    assert pair.outcome == "not distinguishable"
+
+
+def test_very_many_differences_use_the_normal_approximation_of_scipy() -> None:
+    d = np.tile([3.0, 1.0, 2.0, -1.0, -2.0, 0.0], 50)
     expected = stats.wilcoxon(d, zero_method="pratt", correction=True, method="asymptotic").pvalue
-    assert two(d).pairs[0].p == pytest.approx(expected)
+    assert two(d, resamples=0).pairs[0].p == pytest.approx(expected)
 
 
 def test_ties_give_the_p_of_scipy_s_own_permutation_test() -> None:
@@ -150,16 +174,17 @@ def test_median_interval_exists_where_bca_does_not() -> None:
     assert interval.low <= 1.0 <= interval.high
 
 
-def test_a_detectable_difference_is_detected_four_times_in_five() -> None:
+@pytest.mark.parametrize(("seeds", "arms"), [(6, 2), (9, 5), (20, 2), (120, 2)])
+def test_a_detectable_difference_is_detected_four_times_in_five(seeds: int, arms: int) -> None:
     rng = np.random.default_rng(2)
-    found = 0
-    for _ in range(200):
-        d = rng.normal(size=20)
-        # Sized by the true deviation: the factor of the t approximation at n = 20 and alpha 0.05.
-        shift = two(d / d.std(ddof=1), resamples=0).pairs[0].detectable
-        found += two(d + shift, resamples=0).pairs[0].outcome == "better"
-    # The signed-rank test has 0.955 of the t test's efficiency on normal differences.
-    low, high = stats.binom.ppf([0.001, 0.999], 200, 0.78)
+    tests = arms * (arms - 1) // 2
+    d = rng.normal(size=seeds)
+    others = {f"other{k}": rng.normal(size=seeds) for k in range(arms - 2)}
+    pair = compare_arms({"random": np.zeros(seeds), "new": d, **others}, resamples=0).pair("new", "random")
+    shift = pair.detectable / d.std(ddof=1)  # of differences whose true deviation is 1
+    found = sum(two(rng.normal(size=seeds) + shift, alpha=0.05 / tests, resamples=0).pairs[0].outcome == "better"
+                for _ in range(400))  # fmt: skip
+    low, high = stats.binom.ppf([0.001, 0.999], 400, 0.8)
     assert low <= found <= high
 
 
