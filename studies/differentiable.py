@@ -1,6 +1,6 @@
 """What do the differentiable searches find in the DARTS cell, beside random search and beside each other?
 
-    python studies/differentiable.py            # 10 arms, 3 seeds: some 10 minutes on one quiet core
+    python studies/differentiable.py            # 10 arms, 3 seeds: an hour or so on one core; a kill loses little
     python studies/differentiable.py --smoke    # seconds, which the tests run
 
 Every arm ends with one network, trained from scratch with the same recipe: the one that the search found, or a random
@@ -29,12 +29,7 @@ from nasplat.compare.verdict import verdict
 from nasplat.weight_sharing.bilevel import Bilevel, Stage
 from nasplat.weight_sharing.eigenvalue import EigenvalueStop
 from search_spaces import DartsCell
-from strategies import BatsSearch, Darts, OneShot, RandomSearch
-from strategies.darts_minus import DartsMinus
-from strategies.dr_nas import DrNas
-from strategies.fair_darts import FairDarts
-from strategies.gdas import Gdas
-from strategies.pc_darts import PcDarts
+from strategies import BatsSearch, Darts, DartsMinus, DrNas, FairDarts, Gdas, OneShot, PcDarts, RandomSearch
 
 BASELINE = "random search"
 
