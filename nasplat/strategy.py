@@ -372,7 +372,11 @@ class Context(Protocol):
         ...
 
     def save(self, state: Mapping[str, Any]) -> None:
-        """Keep a state of tensors, generators' states and plain values, replacing the last one."""
+        """Keep a state of tensors, generators' states and plain values, replacing the last one.
+
+        Saved after a report, it holds what the report was answered: an exploration that was told to end, and killed
+        before it could, ends when it is resumed.
+        """
         ...
 
     def keep(self, weights: Mapping[str, torch.Tensor]) -> None:

@@ -380,13 +380,13 @@ class GoodExplorer:
     epochs: int = 3
 
     def explore(self, space, task, rng, context):
-        state = context.load() or {"epoch": 0, "total": torch.zeros(())}
+        state = context.load() or {"epoch": 0, "total": torch.zeros(()), "ended": False}
         seed = int(rng.integers(2**31))
-        for epoch in range(state["epoch"] + 1, self.epochs + 1):
+        for epoch in range(state["epoch"] + 1, 0 if state["ended"] else self.epochs + 1):
             with context.step():
                 state["total"] = state["total"] + np.random.default_rng([seed, epoch]).random()
             go_on = yield Report(epoch, {"total": float(state["total"])})
-            state = {"epoch": epoch, "total": state["total"]}
+            state = {"epoch": epoch, "total": state["total"], "ended": not go_on}
             context.save(state)
             if not go_on:
                 break
@@ -436,6 +436,14 @@ class DoesNotStop(GoodExplorer):
 
 
 @dataclass(frozen=True)
+class ForgetsTheEnd(GoodExplorer):
+    def explore(self, space, task, rng, context):
+        save = context.save
+        context.save = lambda state: save({**state, "ended": False})
+        return (yield from super().explore(space, task, rng, context))
+
+
+@dataclass(frozen=True)
 class FindsNothing(GoodExplorer):
     def explore(self, space, task, rng, context):
         yield from super().explore(space, task, rng, context)
@@ -453,6 +461,7 @@ EXPLORER_CASES = [
     (ForgetsTotal(), ExplorerContract.test_resumed_is_uninterrupted, (False,)),
     (SavesObjects(), ExplorerContract.test_resumed_is_uninterrupted, (False,)),
     (DoesNotStop(), ExplorerContract.test_ends_when_told, ()),
+    (ForgetsTheEnd(), ExplorerContract.test_ends_when_told, ()),
     (FindsNothing(), ExplorerContract.test_finds_valid_architectures, ()),
     (UsesGlobal(), ExplorerContract.test_leaves_global_generators_alone, ()),
 ]
