@@ -28,7 +28,7 @@ demo-fresh: $(STAMP) ## The same from the beginning (moves the old folder aside)
 	@$(BIN)/python studies/demo.py --fresh
 
 test: $(STAMP) ## Run the tests (under 10 minutes on 2 cores)
-	@$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-slow: $(STAMP) ## Run the long tests too
 	@$(BIN)/python -m pytest -m slow
