@@ -137,6 +137,28 @@ def propose(
     return Evaluate(inner.architecture, budget, weights_of, marks, **changes)
 
 
+def book_end(part: History, number: int, trial: Trial, numbers: Mapping[int, int]) -> None:
+    """Book the end of a study's trial in the history that an inner strategy sees.
+
+    Args:
+        part: That history.
+        number: The trial's number there.
+        trial: As the study has it.
+        numbers: Numbers there by those of the study.
+    """
+    part.finish(
+        number,
+        state=trial.state,
+        metrics=trial.metrics,
+        reports=trial.reports,
+        reason=trial.reason,
+        traceback=trial.traceback,
+        copy_of=None if trial.copy_of is None else numbers.get(trial.copy_of),
+        facts=trial.facts,
+        finished=trial.finished,
+    )
+
+
 class _Part:
     """A part of a history, brought up to date step by step."""
 
@@ -160,17 +182,7 @@ class _Part:
         for trial in whole.finished(last=ended - self._ended):
             number = self._numbers.get(trial.number, -1)
             if number >= 0:
-                self.history.finish(
-                    number,
-                    state=trial.state,
-                    metrics=trial.metrics,
-                    reports=trial.reports,
-                    reason=trial.reason,
-                    traceback=trial.traceback,
-                    copy_of=None if trial.copy_of is None else self._numbers.get(trial.copy_of),
-                    facts=trial.facts,
-                    finished=trial.finished,
-                )
+                book_end(self.history, number, trial, self._numbers)
         self._ended = ended
 
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from nasplat.checks import is_number
 from nasplat.errors import InvalidInputError
-from nasplat.nested import NOTES, check_inner
+from nasplat.nested import NOTES, book_end, check_inner
 from nasplat.objectives import Objective
 from nasplat.strategy import Evaluate, History, Strategy, Trial
 
@@ -164,17 +164,7 @@ class _View:
                     number, state="failed", metrics=trial.metrics, reason=reason, finished=trial.finished
                 )
             return
-        self.history.finish(
-            number,
-            state=trial.state,
-            metrics=trial.metrics,
-            reports=trial.reports,
-            reason=trial.reason,
-            traceback=trial.traceback,
-            copy_of=None if trial.copy_of is None else self._numbers.get(trial.copy_of),
-            facts=trial.facts,
-            finished=trial.finished,
-        )
+        book_end(self.history, number, trial, self._numbers)
 
     def _refusal(self, trial: Trial) -> str:
         """Why a scored trial is not trained; "" where it is. Enters its score."""

@@ -268,7 +268,6 @@ class TestCmaEs:
 
     @pytest.mark.parametrize("sampler", ["cmaes", optuna.samplers.CmaEsSampler])
     def test_is_pure_and_goes_on_from_notes(self, sampler):
-        pytest.importorskip("cmaes")
         strategy = OptunaSearch(sampler, {"popsize": 5})
         run = drive(strategy, bowl(RANGES), 40, in_flight=2)
         for events, number, proposal in run.asked:
@@ -279,7 +278,6 @@ class TestCmaEs:
         assert max(generations) >= 4
 
     def test_no_pickle_in_the_notes(self):
-        pytest.importorskip("cmaes")
         run = drive(OptunaSearch("cmaes", {"popsize": 5}), bowl(RANGES), 25)
         states = [
             text
@@ -293,7 +291,6 @@ class TestCmaEs:
 
     def test_agrees_with_optunas_own(self):
         """The state as JSON is the state: the suggestions are those of a study that Optuna keeps itself."""
-        pytest.importorskip("cmaes")
         encoding, landscape = _Encoding(RANGES, "ordered"), bowl(RANGES)
         asked = []
         for kind in (optuna.samplers.CmaEsSampler, CmaEs):
@@ -309,7 +306,6 @@ class TestCmaEs:
         assert asked[0] == asked[1]
 
     def test_a_state_of_another_version_is_refused_by_name(self):
-        pytest.importorskip("cmaes")
         run = drive(OptunaSearch("cmaes", {"popsize": 5}), bowl(RANGES), 25)
         history = bowl(RANGES).history()
         for kind, what, outcome in run.events:
@@ -322,7 +318,6 @@ class TestCmaEs:
             OptunaSearch("cmaes", {"popsize": 5}).propose(history, trial_rng(0, 25))
 
     def test_beats_random_search(self):
-        pytest.importorskip("cmaes")
         ours = [drive(OptunaSearch("cmaes"), bowl(RANGES), 80, seed=seed).best() for seed in range(6)]
         random = [drive(RandomSearch(), bowl(RANGES), 80, seed=seed).best() for seed in range(6)]
         assert sum(a < b for a, b in zip(ours, random, strict=True)) == 6
