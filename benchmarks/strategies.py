@@ -325,17 +325,20 @@ def draw(path: Path, csv_path: Path) -> None:
 
     with csv_path.open() as file:
         rows = list(csv.DictReader(file))
-    figure, axes = plt.subplots(1, 2, figsize=(12, 4.5), sharey=True)
+    figure, axes = plt.subplots(1, 2, figsize=(12, 5.5), sharey=True)
     for axis, unit, title in zip(
         axes, ("evaluations", "charged"), ("full evaluations", "charged time, in mean full trainings"), strict=True
     ):
-        for key in dict.fromkeys(row["strategy"] for row in rows if row["unit"] == unit):
+        for index, key in enumerate(dict.fromkeys(row["strategy"] for row in rows if row["unit"] == unit)):
             own = [row for row in rows if row["strategy"] == key and row["unit"] == unit]
+            if unit == "charged":  # searches with short trainings end there
+                own = [row for row in own if float(row["x"]) <= SHORT_UNITS]
             x, middle, low, high = (np.array([float(row[n]) for row in own]) for n in ("x", "mean", "low", "high"))
-            (line,) = axis.plot(x, middle, label=label(key), linewidth=1.2)
+            (line,) = axis.plot(x, middle, label=label(key), linewidth=1.2, linestyle="-" if index < 10 else "--")
             axis.fill_between(x, low, high, color=line.get_color(), alpha=0.12, linewidth=0)
         axis.set_xlabel(title)
-        axis.legend(fontsize=7)
+        # Ten colours repeat, so dashes tell the second ten; below the axis the legend hides no curve.
+        axis.legend(fontsize=7, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.14))
     tops = [float(row["mean"]) for row in rows if float(row["mean"]) > 0]
     axes[0].set_ylim(np.quantile(tops, 0.05), max(tops) + 0.1)
     axes[0].set_ylabel("accuracy of the pick, %")
