@@ -38,6 +38,15 @@ MAX_CHANNELS = 1 << 20
 MAX_ELEMENTS = 1 << 28
 """Most numbers in one value or one array: 1 GiB of float32."""
 
+MAX_TOTAL = 1 << 30
+"""Most numbers in all values of a program together: 4 GiB of float32 where all are kept."""
+
+MAX_OPERATIONS = 100_000
+"""Most operations of a program."""
+
+MAX_REDUCTION = 1 << 24
+"""Most bits that an output of a binary convolution sums over; up to there float32 holds every integer."""
+
 
 class Window(NamedTuple):
     """Where a convolution or pool looks.
@@ -158,6 +167,7 @@ class BinaryConv(Operation):
         threshold: Per input channel, may be infinite.
         weight: Bits, ``(experts * channels, ceil(taps * in_channels / groups / 8))``, least significant first in
             a byte; the bit of input channel ``c`` of its group at tap ``t`` has index ``t * in_channels / groups + c``.
+            The bits after the last are 0.
         scale: Per output channel.
         slope: Per output channel; optional.
     """
@@ -196,6 +206,8 @@ class BinaryConv(Operation):
         if self.factor is not None:
             wanted = (self.channels, 1, 1)
             self._check(shapes[-1] == wanted, f"the factor has shape {shapes[-1]}; legal: {wanted}")
+        reduction = self.reduction(shapes[0][0])
+        self._check(reduction <= MAX_REDUCTION, f"it sums over {reduction} bits; legal: up to {MAX_REDUCTION}")
         return self.channels, *self.window.size
 
     def reduction(self, in_channels: int) -> int:
@@ -607,6 +619,11 @@ def check_arrays(operation: Operation, shapes: Mapping[str, Shape]) -> None:
         if spec.dtype == "float32":
             legal = ~np.isnan(array) if name == "threshold" else np.isfinite(array)
             operation._check(bool(legal.all()), f"its {name} holds a number that is not finite")
+    if isinstance(operation, BinaryConv):
+        last = operation.reduction(shapes[operation.x][0]) % 8
+        operation._check(
+            last == 0 or not (operation.weight[:, -1] >> last).any(), "its weight has ones after a row's last bit"
+        )
 
 
 def check_program(program: Program) -> dict[str, Shape]:
@@ -618,12 +635,35 @@ def check_program(program: Program) -> dict[str, Shape]:
     Raises:
         InvalidInputError: Something is not legal; the message names the operation.
     """
+    check_count(len(program.operations))
     shapes = check_input(program.input_shape)
     for operation in program.operations:
         shapes[operation.name] = check_step(operation, shapes)
         check_arrays(operation, shapes)
     check_output(program.output, program.flat, shapes)
+    check_total(shapes)
     return shapes
+
+
+def check_count(operations: int) -> None:
+    """Check the number of operations.
+
+    Raises:
+        InvalidInputError: There are too many.
+    """
+    if operations > MAX_OPERATIONS:
+        raise InvalidInputError(f"the program has {operations} operations; legal: up to {MAX_OPERATIONS}")
+
+
+def check_total(shapes: Mapping[str, Shape]) -> None:
+    """Check the size of all values together.
+
+    Raises:
+        InvalidInputError: They are too large.
+    """
+    total = sum(map(prod, shapes.values()))
+    if total > MAX_TOTAL:
+        raise InvalidInputError(f"the values of the program have {total} numbers in all; legal: up to {MAX_TOTAL}")
 
 
 def check_input(shape: Shape) -> dict[str, Shape]:

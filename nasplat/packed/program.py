@@ -2,26 +2,152 @@
 
 from __future__ import annotations
 
+import threading
+import warnings
 from pathlib import Path
 from typing import Self
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
-from nasplat.packed.graph import Program
+from nasplat.errors import InvalidInputError, NasplatWarning
+from nasplat.packed import file
+from nasplat.packed.capture import capture
+from nasplat.packed.engine import Engine
+from nasplat.packed.graph import Program, check_program
 
 
 class PackedProgram:
-    """A binary network as a program on packed bits."""
+    """A network as a program that computes its binary convolutions on packed bits, one example at a time.
+
+    It runs on the CPU, in compiled code where Numba is installed (``pip install 'nasplat[packed]'``), else in NumPy with
+    the same results, slowly. It may be called from several threads, and after a fork.
+
+    Attributes:
+        program: The operations.
+    """
 
     def __init__(self, program: Program) -> None:
+        """Check the program. It is laid out for this processor at the first call.
+
+        Raises:
+            InvalidInputError: The program is not legal.
+        """
+        shapes = check_program(program)
         self.program = program
+        self._output_shape = shapes[program.output]
+        self._engine: Engine | None = None
+        self._lock = threading.Lock()
+
+    @property
+    def input_shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of one example."""
+        return self.program.input_shape
+
+    @property
+    def engine(self) -> Engine:
+        """What runs it."""
+        if self._engine is None:
+            with self._lock:
+                if self._engine is None:
+                    self._engine = _engine(self.program)
+        return self._engine
 
     def __call__(self, x: Tensor, threads: int = 1) -> Tensor:
-        raise NotImplementedError
+        """Run it.
+
+        Args:
+            x: ``(n, channels, height, width)``, float32, on the CPU, of the shape that it was packed for; n may be 0.
+            threads: Examples that are computed at the same time.
+
+        Returns:
+            Logits ``(n, classes)``; for a network that ends in a feature map, ``(n, channels, height, width)``.
+
+        Raises:
+            InvalidInputError: ``x`` has another type, shape or device, or threads is less than 1.
+        """
+        if not isinstance(x, Tensor) or x.dtype != torch.float32 or x.device.type != "cpu":
+            got = f"{x.dtype} on {x.device}" if isinstance(x, Tensor) else type(x).__name__
+            raise InvalidInputError(f"a packed program takes a float32 tensor on the CPU; got {got}")
+        if x.ndim != 4 or tuple(x.shape[1:]) != self.input_shape:
+            raise InvalidInputError(
+                f"this program was packed for images {self.input_shape}; got a tensor of shape {tuple(x.shape)}; "
+                f"legal: (n, {', '.join(map(str, self.input_shape))}). For another size, pack the network again"
+            )
+        if threads < 1:
+            raise InvalidInputError(f"threads is {threads}; legal: from 1 up")
+        y = torch.from_numpy(self.engine.run(x.detach().contiguous().numpy(), threads))
+        return y.flatten(1) if self.program.flat else y
 
     def save(self, path: str | Path) -> None:
-        raise NotImplementedError
+        """Write it as one file: safetensors with the operations as JSON in the header.
+
+        It holds neither code nor anything of a particular processor. An existing file is replaced as a whole.
+        """
+        file.write(self.program, Path(path))
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
-        raise NotImplementedError
+        """Read a file of :meth:`save`. It may come from anyone: all of it is checked, and nothing in it is run.
+
+        Raises:
+            FileFormatError: It is no such file, of a later version, or damaged.
+            FileNotFoundError: There is no such file.
+        """
+        return cls(file.read(Path(path)))
+
+    @property
+    def bit_macs(self) -> int:
+        """Multiply-accumulates of single bits for one example."""
+        shapes = check_program(self.program)
+        return sum(
+            operation.macs(tuple(shapes[name] for name in operation.inputs))
+            for operation in self.program.operations
+            if operation.KIND == "binary_conv"
+        )
+
+    def __repr__(self) -> str:
+        kinds = [operation.KIND for operation in self.program.operations]
+        return (
+            f"PackedProgram({self.input_shape} -> {self._output_shape[: 1 if self.program.flat else 3]}, "
+            f"{len(kinds)} operations, {kinds.count('binary_conv')} of them binary convolutions)"
+        )
+
+    def __getstate__(self) -> dict[str, Program]:
+        return {"program": self.program}
+
+    def __setstate__(self, state: dict[str, Program]) -> None:
+        self.__init__(state["program"])  # type: ignore[misc]
+
+
+def pack(model: nn.Module, example: Tensor) -> PackedProgram:
+    """Translate a trained network into a packed program.
+
+    Args:
+        model: In evaluation mode, with binary weights and activations: any network of the binary spaces, or of one's own
+            made of the same layers. It is left as it is.
+        example: ``(n, channels, height, width)``, float32; for its shape. The program takes images of this shape only.
+
+    Raises:
+        UnsupportedError: The network has an operation that the program cannot have; the message names it.
+        InvalidInputError: The example is not as above, or the model is in training mode.
+    """
+    return PackedProgram(capture(model, example))
+
+
+def _engine(program: Program) -> Engine:
+    try:
+        import numba  # noqa: F401
+    except ImportError:
+        from nasplat.packed.interpreter import Interpreter
+
+        warnings.warn(
+            "Numba is not installed, so packed programs run in NumPy: the same results, some hundred times slower. "
+            "To compile them: pip install 'nasplat[packed]'",
+            NasplatWarning,
+            stacklevel=4,
+        )
+        return Interpreter(program)
+    from nasplat.packed.compiled import Compiled
+
+    return Compiled(program)

@@ -1,0 +1,195 @@
+"""The compiled engine: a program laid out for this processor, and memory for as many examples as are under way.
+
+Needs Numba. Examples of a batch go to threads of this process, which compiled code runs in without holding the
+interpreter's lock; there is no OpenMP, so a process may fork at any time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import lru_cache
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nasplat.packed.engine import Step
+from nasplat.packed.graph import INPUT, PICK, Program
+from nasplat.packed.kernels import emit, executor, fields, intrinsics, isa
+from nasplat.packed.plan import Plan, make_plan
+
+_ALIGNMENT = 64
+
+_PATIENCE = 1.0
+"""Seconds of compiling after which the user is told: loading from the cache takes less."""
+
+
+def _fingerprint() -> str:
+    """Of all code that the executor is compiled from."""
+    digest = hashlib.sha256()
+    for module in (emit, executor, fields, intrinsics, isa):
+        assert module.__file__ is not None
+        digest.update(Path(module.__file__).read_bytes())
+    return digest.hexdigest()
+
+
+@contextmanager
+def _telling() -> Iterator[None]:
+    """Tell the user that something compiles, if it takes long."""
+    start = time.monotonic()
+    told = threading.Event()
+
+    def tell() -> None:
+        told.set()
+        print(
+            f"nasplat: compiling the packed kernels for {intrinsics.target_name()} "
+            "(once per machine, about half a minute)",
+            file=sys.stderr,
+            flush=True,
+        )
+
+    timer = threading.Timer(_PATIENCE, tell)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+    if told.is_set():
+        print(f"nasplat: compiled in {time.monotonic() - start:.0f} s", file=sys.stderr, flush=True)
+
+
+@lru_cache(maxsize=1)
+def _execute() -> Callable[..., None]:
+    """The executor, compiled, or loaded from Numba's cache."""
+    execute: Callable[..., None] = executor.compile_executor(_fingerprint())
+    empty = np.zeros((0, fields.COLUMNS), np.int64)
+    with _telling():
+        execute(empty, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0)
+    return execute
+
+
+def _aligned(size: int) -> tuple[NDArray[np.uint8], int]:
+    """Memory, all zero, and its first aligned address."""
+    memory = np.zeros(size + _ALIGNMENT, np.uint8)
+    return memory, -(-memory.ctypes.data // _ALIGNMENT) * _ALIGNMENT
+
+
+class _Arenas:
+    """Memory for one example each, kept for the next call."""
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+        self._free: list[tuple[NDArray[np.uint8], int]] = []
+        self._pid = os.getpid()
+
+    @contextmanager
+    def one(self) -> Iterator[int]:
+        """The address of an arena that nobody else uses meanwhile."""
+        if self._pid != os.getpid():
+            # After a fork: other threads may have been at work on those.
+            self._free, self._pid = [], os.getpid()
+        try:
+            # Atomic, as append is.
+            arena = self._free.pop()
+        except IndexError:
+            arena = _aligned(self._size)
+        try:
+            yield arena[1]
+        finally:
+            self._free.append(arena)
+
+
+class Compiled:
+    """Runs a program with the compiled executor.
+
+    Args:
+        program: Any.
+
+    Attributes:
+        plan: The program's layout.
+    """
+
+    def __init__(self, program: Program) -> None:
+        self.plan: Plan = make_plan(program, intrinsics.ISA)
+        self._execute = _execute()
+        self._consts, self._consts_at = _aligned(len(self.plan.consts))
+        offset = self._consts_at - self._consts.ctypes.data
+        self._consts[offset : offset + len(self.plan.consts)] = self.plan.consts
+        self._arenas = _Arenas(self.plan.arena_bytes)
+        self._input = self.plan.values[INPUT]
+        self._output = self.plan.values[program.output]
+
+    @property
+    def steps(self) -> tuple[Step, ...]:
+        """One a row of the table."""
+        return self.plan.steps
+
+    def run(self, x: NDArray[np.float32], threads: int = 1) -> NDArray[np.float32]:
+        """See :class:`nasplat.packed.engine.Engine`."""
+        x = np.ascontiguousarray(x, np.float32)
+        y = np.empty((len(x), *self._output.shape), np.float32)
+        threads = min(threads, len(x))
+        if threads <= 1:
+            self._run(x, y)
+        else:
+            bounds = [len(x) * part // threads for part in range(threads + 1)]
+            with ThreadPoolExecutor(threads) as pool:
+                parts = [slice(begin, end) for begin, end in pairwise(bounds)]
+                list(pool.map(lambda part: self._run(x[part], y[part]), parts))
+        return y
+
+    def _run(self, x: NDArray[np.float32], y: NDArray[np.float32]) -> None:
+        with self._arenas.one() as arena:
+            self._call(arena, 0, len(self.plan.table), 1, x, y)
+
+    def _call(
+        self,
+        arena: int,
+        first: int,
+        last: int,
+        turns: int,
+        x: NDArray[np.float32] | None = None,
+        y: NDArray[np.float32] | None = None,
+    ) -> None:
+        given = (0, 0, 0) if x is None else (x.ctypes.data, x[:1].nbytes, self._input.at)
+        taken = (0, 0, 0) if y is None else (y.ctypes.data, y[:1].nbytes, self._output.at)
+        examples = 1 if x is None else len(x)
+        self._execute(self.plan.table, first, last, turns, self._consts_at, arena, examples, *given, *taken)
+
+    def repeat(self, row: int, turns: int) -> Callable[[], None]:
+        """A call that runs one row many times over, for timing, on whatever its inputs hold."""
+
+        def call() -> None:
+            with self._arenas.one() as arena:
+                self._call(arena, row, row + 1, turns)
+
+        return call
+
+    def trace(self, values: Mapping[str, NDArray[Any]]) -> Iterator[tuple[Step, NDArray[Any] | None]]:
+        """See :class:`nasplat.packed.engine.Engine`."""
+        memory, arena = _aligned(self.plan.arena_bytes)
+        start = arena - memory.ctypes.data
+
+        def view(name: str) -> NDArray[Any]:
+            place = self.plan.values[name]
+            kind, shape = (np.int32, ()) if place.shape == PICK else (np.float32, place.shape)
+            count = int(np.prod(shape, dtype=np.int64))
+            begin = start + place.at
+            return memory[begin : begin + 4 * count].view(kind).reshape(shape)
+
+        for index, step in enumerate(self.steps):
+            for name in step.inputs:
+                if name in values:
+                    view(name)[...] = values[name]
+            self._call(arena, index, index + 1, 1)
+            yield step, None if step.output is None else view(step.output).copy()

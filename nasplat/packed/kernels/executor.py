@@ -1,0 +1,393 @@
+"""Runs a table of operations: the loops around the vector code, compiled by Numba.
+
+Addresses are trusted here: they come from :mod:`nasplat.packed.plan`, which makes every offset itself, from a program
+whose shapes were checked.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+from numba import njit
+
+from nasplat.packed.kernels import fields as f
+from nasplat.packed.kernels import intrinsics as k
+
+_PACK, _CONV, _POOL, _MAP, _LINEAR, _MEAN, _ARGMAX = (int(code) for code in f.Opcode)
+
+_WIDTH = k.ISA.width
+_LANES = k.ISA.lanes
+_LOOKUP, _POPCOUNT = 0, 1
+_NO_CODES = -0x7F7F7F7F7F7F7F80  # eight codes with their highest bit set, which a lookup takes for nothing
+
+_V1, _V2, _V3, _V4 = (k.tile_vectors(k.ISA, "lookup", q) for q in (1, 2, 3, 4))
+_P1, _P2, _P3, _P4 = (k.tile_vectors(k.ISA, "popcount", q) for q in (1, 2, 3, 4))
+_R1, _R2, _R3, _R4 = (k.tile_vectors(k.ISA, "real", q) for q in (1, 2, 3, 4))
+
+_inner: dict[str, Any] = {"nogil": True, "error_model": "numpy"}
+
+
+@njit(**_inner)
+def _fill_gap(address, count, word):  # type: ignore[no-untyped-def]
+    """At least ``count`` bytes, in steps of eight: what lies behind is written later."""
+    for i in range(0, count, 8):
+        k.store_word(address + i, word)
+
+
+@njit(**_inner)
+def _pack(d, consts, arena):  # type: ignore[no-untyped-def]
+    kind, stride, pitch = d[f.KIND], d[f.STRIDE], d[f.PITCH]
+    size = 1 if kind == _LOOKUP else 4
+    word = _NO_CODES if kind == _LOOKUP else 0
+    plane_in = d[f.HEIGHT] * d[f.WIDTH] * 4
+    per_group = d[f.CHANNELS] // d[f.GROUPS]
+    out = arena + d[f.OUT_AT]
+    for group in range(d[f.GROUPS]):
+        for plane in range(d[f.PLANES]):
+            first = group * per_group + plane * d[f.PLANE_CHANNELS]
+            channels = min(d[f.PLANE_CHANNELS], per_group - plane * d[f.PLANE_CHANNELS])
+            x = arena + d[f.X_AT] + first * plane_in
+            thresholds = consts + d[f.THRESHOLD_AT] + 4 * first
+            for number in range(d[f.PHASES]):
+                phase = consts + d[f.PHASES_AT] + 32 * number
+                top, left = k.load_int(phase), k.load_int(phase + 4)
+                first_row, rows = k.load_int(phase + 8), k.load_int(phase + 12)
+                real_rows, real_columns = k.load_int(phase + 16), k.load_int(phase + 20)
+                lead, place = k.load_int(phase + 24), out + k.load_int(phase + 28)
+                _fill_gap(place, lead * size, word)
+                place += lead * size
+                for r in range(first_row, first_row + rows):
+                    if r < 0 or r >= real_rows:
+                        _fill_gap(place, pitch * size, word)
+                    else:
+                        row = x + ((r * stride + top) * d[f.WIDTH] + left) * 4
+                        if stride == 1:
+                            if kind == _LOOKUP:
+                                k.pack_lookup(row, plane_in, thresholds, channels, real_columns, place)
+                            elif kind == _POPCOUNT:
+                                k.pack_popcount(row, plane_in, thresholds, channels, real_columns, place)
+                            else:
+                                k.pack_real(row, plane_in, thresholds, channels, real_columns, place)
+                        elif stride == 2:
+                            if kind == _LOOKUP:
+                                k.pack_lookup2(row, plane_in, thresholds, channels, real_columns, place)
+                            elif kind == _POPCOUNT:
+                                k.pack_popcount2(row, plane_in, thresholds, channels, real_columns, place)
+                            else:
+                                k.pack_real2(row, plane_in, thresholds, channels, real_columns, place)
+                        else:
+                            _pack_strided(kind, row, plane_in, thresholds, channels, real_columns, stride, place)
+                        _fill_gap(place + real_columns * size, (pitch - real_columns) * size, word)
+                    place += pitch * size
+            out += d[f.PLANE_BYTES]
+
+
+@njit(**_inner)
+def _pack_strided(kind, row, plane_in, thresholds, channels, count, stride, out):  # type: ignore[no-untyped-def]
+    for i in range(count):
+        x = row + i * stride * 4
+        if kind in (_LOOKUP, _POPCOUNT):
+            code = 0
+            for c in range(channels):
+                if k.load_float(x + c * plane_in) >= k.load_float(thresholds + 4 * c):
+                    code |= 1 << c
+            if kind == _LOOKUP:
+                k.store_byte(out + i, code)
+            else:
+                k.store_int(out + 4 * i, code)
+        else:
+            k.store_float(out + 4 * i, k.load_float(x))
+
+
+@njit(**_inner)
+def _lookup_sums(q, vectors, x, offsets, steps, chunk, weights, tables, out, stride):  # type: ignore[no-untyped-def]
+    v = 0
+    many = _V4 if q == 4 else _V3 if q == 3 else _V2 if q == 2 else _V1
+    while v < vectors:
+        whole = vectors - v >= many
+        at, to = x + v * _WIDTH, out + v * _WIDTH * 2
+        for first in range(0, steps, chunk):
+            o, n, w, add = offsets + 4 * first, min(chunk, steps - first), weights + first * q, first > 0
+            if whole:
+                if q == 4:
+                    k.lookup_tile4(at, o, n, w, tables, to, stride, add)
+                elif q == 3:
+                    k.lookup_tile3(at, o, n, w, tables, to, stride, add)
+                elif q == 2:
+                    k.lookup_tile2(at, o, n, w, tables, to, stride, add)
+                else:
+                    k.lookup_tile1(at, o, n, w, tables, to, stride, add)
+            else:
+                if q == 4:
+                    k.lookup_tail4(at, o, n, w, tables, to, stride, add)
+                elif q == 3:
+                    k.lookup_tail3(at, o, n, w, tables, to, stride, add)
+                elif q == 2:
+                    k.lookup_tail2(at, o, n, w, tables, to, stride, add)
+                else:
+                    k.lookup_tail1(at, o, n, w, tables, to, stride, add)
+        v += many if whole else 1
+
+
+@njit(**_inner)
+def _popcount_sums(q, vectors, x, offsets, steps, weights, out, stride):  # type: ignore[no-untyped-def]
+    v = 0
+    many = _P4 if q == 4 else _P3 if q == 3 else _P2 if q == 2 else _P1
+    while v < vectors:
+        whole = vectors - v >= many
+        at, to = x + v * _LANES * 4, out + v * _LANES * 4
+        if whole:
+            if q == 4:
+                k.popcount_tile4(at, offsets, steps, weights, 0, to, stride, 0)
+            elif q == 3:
+                k.popcount_tile3(at, offsets, steps, weights, 0, to, stride, 0)
+            elif q == 2:
+                k.popcount_tile2(at, offsets, steps, weights, 0, to, stride, 0)
+            else:
+                k.popcount_tile1(at, offsets, steps, weights, 0, to, stride, 0)
+        else:
+            if q == 4:
+                k.popcount_tail4(at, offsets, steps, weights, 0, to, stride, 0)
+            elif q == 3:
+                k.popcount_tail3(at, offsets, steps, weights, 0, to, stride, 0)
+            elif q == 2:
+                k.popcount_tail2(at, offsets, steps, weights, 0, to, stride, 0)
+            else:
+                k.popcount_tail1(at, offsets, steps, weights, 0, to, stride, 0)
+        v += many if whole else 1
+
+
+@njit(**_inner)
+def _real_sums(q, vectors, x, offsets, steps, weights, out, stride):  # type: ignore[no-untyped-def]
+    v = 0
+    many = _R4 if q == 4 else _R3 if q == 3 else _R2 if q == 2 else _R1
+    while v < vectors:
+        whole = vectors - v >= many
+        at, to = x + v * _LANES * 4, out + v * _LANES * 4
+        if whole:
+            if q == 4:
+                k.real_tile4(at, offsets, steps, weights, 0, to, stride, 0)
+            elif q == 3:
+                k.real_tile3(at, offsets, steps, weights, 0, to, stride, 0)
+            elif q == 2:
+                k.real_tile2(at, offsets, steps, weights, 0, to, stride, 0)
+            else:
+                k.real_tile1(at, offsets, steps, weights, 0, to, stride, 0)
+        else:
+            if q == 4:
+                k.real_tail4(at, offsets, steps, weights, 0, to, stride, 0)
+            elif q == 3:
+                k.real_tail3(at, offsets, steps, weights, 0, to, stride, 0)
+            elif q == 2:
+                k.real_tail2(at, offsets, steps, weights, 0, to, stride, 0)
+            else:
+                k.real_tail1(at, offsets, steps, weights, 0, to, stride, 0)
+        v += many if whole else 1
+
+
+@njit(**_inner)
+def _conv(d, consts, arena):  # type: ignore[no-untyped-def]
+    kind, pitch, width, height = d[f.KIND], d[f.PITCH], d[f.OUT_WIDTH], d[f.OUT_HEIGHT]
+    size = 1 if kind == _LOOKUP else 4
+    sum_size = 2 if kind == _LOOKUP else 4
+    lanes = _WIDTH if kind == _LOOKUP else _LANES
+    sums, stride, steps = arena + d[f.SUMS_AT], d[f.SUMS_STRIDE], d[f.STEPS]
+    offsets, chunk, tables = consts + d[f.OFFSETS_AT], d[f.CHUNK], consts + d[f.TABLES_AT]
+    pick = k.load_int(arena + d[f.PICK_AT]) if d[f.PICK_AT] >= 0 else 0
+    all_weights = consts + d[f.WEIGHT_AT] + pick * d[f.WEIGHT_STRIDE]
+    has_base = d[f.BASE_AT] >= 0
+    bases = consts + d[f.BASE_AT] + pick * d[f.BASE_STRIDE]
+    plane_out = height * width * 4
+    for y in range(0, height, d[f.STRIP]):
+        rows = min(d[f.STRIP], height - y)
+        vectors = ((rows - 1) * pitch + width + lanes - 1) // lanes
+        for number in range(d[f.BLOCKS]):
+            block = consts + d[f.BLOCKS_AT] + 16 * number
+            group, first, q = k.load_int(block), k.load_int(block + 4), k.load_int(block + 8)
+            weights = all_weights + k.load_int(block + 12)
+            x = arena + d[f.X_AT] + group * d[f.PLANES] * d[f.PLANE_BYTES] + y * pitch * size
+            if kind == _LOOKUP:
+                _lookup_sums(q, vectors, x, offsets, steps, chunk, weights, tables, sums, stride)
+            elif kind == _POPCOUNT:
+                _popcount_sums(q, vectors, x, offsets, steps, weights, sums, stride)
+            else:
+                _real_sums(q, vectors, x, offsets, steps, weights, sums, stride)
+            for j in range(q):
+                channel = first + j
+                scale = k.load_float(consts + d[f.SCALE_AT] + 4 * channel)
+                shift = k.load_float(consts + d[f.SHIFT_AT] + 4 * channel)
+                slope = k.load_float(consts + d[f.SLOPE_AT] + 4 * channel)
+                factor = np.float32(1)
+                if d[f.FACTOR_AT] >= 0:
+                    factor = k.load_float(arena + d[f.FACTOR_AT] + 4 * channel)
+                place = k.load_int(consts + d[f.CHANNEL_TO_AT] + 4 * channel) * plane_out + y * width * 4
+                out = arena + d[f.OUT_AT] + place
+                one, two = arena + d[f.RESIDUAL1_AT] + place, arena + d[f.RESIDUAL2_AT] + place
+                row, count, turns = sums + j * stride, width, rows
+                if pitch == width and not has_base:
+                    count, turns = rows * width, 1
+                for r in range(turns):
+                    if kind == _LOOKUP:
+                        k.lookup_row(
+                            row, 0, d[f.CONSTANT], count, scale, shift, slope, factor, out, one, two, d[f.RESIDUALS]
+                        )
+                    elif kind == _POPCOUNT:
+                        base = 0
+                        if has_base:
+                            class_ = k.load_int(consts + d[f.BASE_CLASSES_AT] + 4 * (y + r))
+                            base = bases + (channel * d[f.BASE_ROWS] + class_) * width * 4
+                        k.popcount_row(
+                            row, base, d[f.CONSTANT], count, scale, shift, slope, factor, out, one, two, d[f.RESIDUALS]
+                        )
+                    else:
+                        k.real_row(
+                            row, 0, d[f.CONSTANT], count, scale, shift, slope, factor, out, one, two, d[f.RESIDUALS]
+                        )
+                    row += pitch * sum_size
+                    out += width * 4
+                    one += width * 4
+                    two += width * 4
+
+
+@njit(**_inner)
+def _pool(d, consts, arena):  # type: ignore[no-untyped-def]
+    height, width, out_height, out_width = d[f.HEIGHT], d[f.WIDTH], d[f.OUT_HEIGHT], d[f.OUT_WIDTH]
+    stride, top, left, pitch = d[f.STRIDE], d[f.PAD_TOP], d[f.PAD_LEFT], d[f.PITCH]
+    maximum, count_padding = d[f.MODE] & f.MAXIMUM, d[f.MODE] & f.COUNT_PADDING
+    padded = arena + d[f.SUMS_AT]
+    columns = consts + d[f.COLUMNS_AT]
+    # All of a padded plane but what is copied into it stays as it is from channel to channel.
+    nothing = np.float32(-np.inf) if maximum else np.float32(0)
+    for i in range(d[f.PADDED_HEIGHT] * pitch):
+        k.store_float(padded + 4 * i, nothing)
+    for channel in range(d[f.CHANNELS]):
+        x = arena + d[f.X_AT] + channel * height * width * 4
+        for r in range(min(height, d[f.PADDED_HEIGHT] - top)):
+            k.copy_bytes(padded + ((r + top) * pitch + left) * 4, x + r * width * 4, min(width, pitch - left) * 4)
+        for y in range(out_height):
+            place = (channel * out_height + y) * out_width * 4
+            out = arena + d[f.OUT_AT] + place
+            one, two = arena + d[f.RESIDUAL1_AT] + place, arena + d[f.RESIDUAL2_AT] + place
+            begin = y * stride - top
+            counted = min(height, begin + d[f.KERNEL_HEIGHT]) - max(0, begin)
+            rows = np.float32(d[f.KERNEL_HEIGHT] if count_padding else counted)
+            corner = padded + y * stride * pitch * 4
+            tall, wide, more = d[f.KERNEL_HEIGHT], d[f.KERNEL_WIDTH], d[f.RESIDUALS]
+            if stride == 1:
+                if maximum:
+                    k.max_row(corner, pitch * 4, tall, wide, out_width, rows, columns, out, one, two, more)
+                else:
+                    k.average_row(corner, pitch * 4, tall, wide, out_width, rows, columns, out, one, two, more)
+            elif stride == 2:
+                if maximum:
+                    k.max_row2(corner, pitch * 4, tall, wide, out_width, rows, columns, out, one, two, more)
+                else:
+                    k.average_row2(corner, pitch * 4, tall, wide, out_width, rows, columns, out, one, two, more)
+            else:
+                for i in range(out_width):
+                    value = nothing
+                    for u in range(tall):
+                        for v in range(wide):
+                            pixel = k.load_float(corner + (u * pitch + i * stride + v) * 4)
+                            if maximum:
+                                value = pixel if pixel > value else value
+                            else:
+                                value += pixel
+                    if not maximum:
+                        value /= rows * k.load_float(columns + 4 * i)
+                    if more > 0:
+                        value += k.load_float(one + 4 * i)
+                    if more > 1:
+                        value += k.load_float(two + 4 * i)
+                    k.store_float(out + 4 * i, value)
+
+
+@njit(**_inner)
+def _map(d, consts, arena):  # type: ignore[no-untyped-def]
+    count = d[f.HEIGHT] * d[f.WIDTH]
+    for channel in range(d[f.CHANNELS]):
+        scale = k.load_float(consts + d[f.SCALE_AT] + 4 * channel)
+        shift = k.load_float(consts + d[f.SHIFT_AT] + 4 * channel)
+        slope = k.load_float(consts + d[f.SLOPE_AT] + 4 * channel)
+        place = k.load_int(consts + d[f.CHANNEL_TO_AT] + 4 * channel) * count * 4
+        x, out = arena + d[f.X_AT] + channel * count * 4, arena + d[f.OUT_AT] + place
+        one, two = arena + d[f.RESIDUAL1_AT] + place, arena + d[f.RESIDUAL2_AT] + place
+        k.map_row(x, count, scale, shift, slope, out, one, two, d[f.RESIDUALS])
+
+
+@njit(**_inner)
+def _linear(d, consts, arena):  # type: ignore[no-untyped-def]
+    x, out = arena + d[f.X_AT], arena + d[f.OUT_AT]
+    for channel in range(d[f.OUT_CHANNELS]):
+        y = k.dot(consts + d[f.WEIGHT_AT] + channel * d[f.CHANNELS] * 4, x, d[f.CHANNELS])
+        y += k.load_float(consts + d[f.SHIFT_AT] + 4 * channel)
+        if d[f.MODE] == 1:
+            y = y if y > 0 else np.float32(0)
+        elif d[f.MODE] == 2:
+            y = np.float32(1) / (np.float32(1) + np.float32(math.exp(-y)))
+        k.store_float(out + 4 * channel, y)
+
+
+@njit(**_inner)
+def _mean(d, arena):  # type: ignore[no-untyped-def]
+    count = d[f.HEIGHT] * d[f.WIDTH]
+    for channel in range(d[f.CHANNELS]):
+        value = k.total(arena + d[f.X_AT] + channel * count * 4, count) / np.float32(count)
+        k.store_float(arena + d[f.OUT_AT] + 4 * channel, value)
+
+
+@njit(**_inner)
+def _argmax(d, arena):  # type: ignore[no-untyped-def]
+    best = 0
+    for channel in range(1, d[f.CHANNELS]):
+        if k.load_float(arena + d[f.X_AT] + 4 * channel) > k.load_float(arena + d[f.X_AT] + 4 * best):
+            best = channel
+    k.store_int(arena + d[f.OUT_AT], best)
+
+
+@njit(**_inner)
+def _operation(d, consts, arena):  # type: ignore[no-untyped-def]
+    op = d[f.OP]
+    if op == _PACK:
+        _pack(d, consts, arena)
+    elif op == _CONV:
+        _conv(d, consts, arena)
+    elif op == _POOL:
+        _pool(d, consts, arena)
+    elif op == _MAP:
+        _map(d, consts, arena)
+    elif op == _LINEAR:
+        _linear(d, consts, arena)
+    elif op == _MEAN:
+        _mean(d, arena)
+    elif op == _ARGMAX:
+        _argmax(d, arena)
+
+
+def compile_executor(fingerprint: str) -> Any:
+    """The compiled executor.
+
+    Args:
+        fingerprint: Of all code that is compiled into it. Numba looks at this file alone when it decides whether a
+            cached version is still good, and at the variables that a function closes over.
+    """
+
+    @njit(nogil=True, cache=True, error_model="numpy")
+    def execute(  # type: ignore[no-untyped-def]
+        table, first, last, turns, consts, arena, examples, x, x_bytes, x_at, y, y_bytes, y_at
+    ):
+        """Rows ``first`` to ``last`` of the table, ``turns`` times over for each example."""
+        if len(fingerprint) == 0:
+            return
+        for example in range(examples):
+            if x != 0:
+                k.copy_bytes(arena + x_at, x + example * x_bytes, x_bytes)
+            for _ in range(turns):
+                for row in range(first, last):
+                    _operation(table[row], consts, arena)
+            if y != 0:
+                k.copy_bytes(y + example * y_bytes, arena + y_at, y_bytes)
+
+    return execute
