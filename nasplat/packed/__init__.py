@@ -10,7 +10,8 @@
     program = PackedProgram.load("best.packed")
 """
 
+from nasplat.packed.profile import profile
 from nasplat.packed.program import PackedProgram, pack
 from nasplat.packed.verify import verify
 
-__all__ = ["PackedProgram", "pack", "verify"]
+__all__ = ["PackedProgram", "pack", "profile", "verify"]

@@ -6,18 +6,20 @@ interpreter's lock; there is no OpenMP, so a process may fork at any time.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -73,9 +75,64 @@ def _execute() -> Callable[..., None]:
     """The executor, compiled, or loaded from Numba's cache."""
     execute: Callable[..., None] = executor.compile_executor(_fingerprint())
     empty = np.zeros((0, fields.COLUMNS), np.int64)
-    with _telling():
+    with _one_compiles(), _telling():
         execute(empty, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0)
     return execute
+
+
+@contextmanager
+def _one_compiles() -> Iterator[None]:
+    """Let one process of this user and machine compile, and the others wait and then find its work in the cache."""
+    path = Path(tempfile.gettempdir()) / f"nasplat-packed-{os.getuid()}.lock"
+    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
+
+
+def warm_up() -> str:
+    """Compile the kernels, or load them from the cache: what the first call of a program would otherwise do.
+
+    A worker that measures calls it before. Numba keeps the compiled code beside the installed package, or where
+    ``NUMBA_CACHE_DIR`` says, and processes share it.
+
+    Returns:
+        The instruction set that the kernels are for, e.g. ``"avx2"``.
+    """
+    _execute()
+    return intrinsics.ISA.name
+
+
+class Peaks(NamedTuple):
+    """The most that one core does with operands in registers, in bit-MACs per second.
+
+    Attributes:
+        popcount: XOR, population count, addition.
+        lookup: Table lookup, addition; None where there is no such instruction.
+    """
+
+    popcount: float
+    lookup: float | None
+
+
+@lru_cache(maxsize=1)
+def peaks() -> Peaks:
+    """Measured now, the best of several goes of some milliseconds each."""
+    compiled = executor.compile_peak(_fingerprint())
+
+    def best(kind: Literal["popcount", "lookup"]) -> float:
+        turns, macs = 200_000, emit.peak_macs(intrinsics.ISA, kind)
+        compiled(kind == "lookup", 1)
+        times = []
+        for _ in range(15):
+            start = time.perf_counter()
+            compiled(kind == "lookup", turns)
+            times.append(time.perf_counter() - start)
+        return macs * turns / min(times)
+
+    return Peaks(best("popcount"), best("lookup") if intrinsics.ISA.lookup != "none" else None)
 
 
 def _aligned(size: int) -> tuple[NDArray[np.uint8], int]:
@@ -166,14 +223,18 @@ class Compiled:
         examples = 1 if x is None else len(x)
         self._execute(self.plan.table, first, last, turns, self._consts_at, arena, examples, *given, *taken)
 
-    def repeat(self, row: int, turns: int) -> Callable[[], None]:
-        """A call that runs one row many times over, for timing, on whatever its inputs hold."""
+    def rows(self, x: NDArray[np.float32]) -> Iterator[tuple[Step, Callable[[int], None]]]:
+        """Each step of one example with a call that runs it so many times over, for timing.
 
-        def call() -> None:
-            with self._arenas.one() as arena:
-                self._call(arena, row, row + 1, turns)
-
-        return call
+        Args:
+            x: ``(1, channels, height, width)``.
+        """
+        with self._arenas.one() as arena:
+            self._call(arena, 0, 0, 1, x)
+            for index, step in enumerate(self.steps):
+                # Its inputs are there now, and running it changes none of them.
+                yield step, partial(self._call, arena, index, index + 1)
+                self._call(arena, index, index + 1, 1)
 
     def trace(self, values: Mapping[str, NDArray[Any]]) -> Iterator[tuple[Step, NDArray[Any] | None]]:
         """See :class:`nasplat.packed.engine.Engine`."""

@@ -38,7 +38,7 @@ from nasplat.packed.graph import (
     check_program,
 )
 from nasplat.packed.kernels import fields as f
-from nasplat.packed.kernels.emit import CODE_BYTES, SUM_BYTES, Kind
+from nasplat.packed.kernels.emit import CODE_BYTES, Kind
 from nasplat.packed.kernels.isa import Isa
 
 MAX_BYTES = 1 << 34
@@ -458,9 +458,11 @@ class _Planner:
             size = operation.groups * layout.planes(kind, per_group) * plane_bytes + _PACKED_SLACK
             self._scratch(f.X_AT, packed.name, size)
         lanes = self.isa.width if kind == "lookup" else self.isa.lanes
-        strip = max(1, min(window.size[0], _SUMS_BYTES // (layout.TILE_CHANNELS * SUM_BYTES[kind]) // pitch))
+        # Of a lookup with few steps one byte would do.
+        sum_bytes = 2 if kind == "lookup" else 4
+        strip = max(1, min(window.size[0], _SUMS_BYTES // (layout.TILE_CHANNELS * sum_bytes) // pitch))
         positions = (strip - 1) * pitch + window.size[1]
-        sums_stride = (positions + -positions % lanes) * SUM_BYTES[kind]
+        sums_stride = (positions + -positions % lanes) * sum_bytes
         row |= {
             f.OP: int(f.Opcode.CONV),
             f.KIND: f.KINDS.index(kind),
@@ -477,12 +479,12 @@ class _Planner:
             f.PICK_AT: f.NOWHERE,
             f.FACTOR_AT: f.NOWHERE,
             f.BASE_AT: f.NOWHERE,
-            f.SCALE_AT: self.consts.row(operation.scale, out_channels, 1.0),
             f.SLOPE_AT: self.consts.row(operation.slope, out_channels, 1.0),
             f.CHANNEL_TO_AT: self.consts.add(_targets(out_channels, node.shuffle)),
         }
         self._scratch(f.SUMS_AT, f"sums {len(self.rows)}", layout.TILE_CHANNELS * sums_stride + _PACKED_SLACK)
         if isinstance(operation, Conv):
+            row[f.SCALE_AT] = self.consts.row(operation.scale, out_channels, 1.0)
             row[f.SHIFT_AT] = self.consts.row(operation.shift, out_channels, 0.0)
             weights = layout.real_weights(operation, parts)
         else:
@@ -505,10 +507,12 @@ class _Planner:
         channels, height, width = self.shapes[operation.x]
         per_group = channels // operation.groups
         if kind == "lookup":
-            row[f.CONSTANT] = layout.unit(per_group)
+            # Exact, as the unit is a power of two and a scale so large that this overflows is no scale.
+            row[f.SCALE_AT] = self.consts.add(operation.scale * np.float32(layout.unit(per_group)))
             row[f.CHUNK] = layout.chunk(per_group)
             row[f.TABLES_AT] = self.consts.add(layout.lookup_tables(per_group))
             return layout.lookup_weights(operation, channels, parts)
+        row[f.SCALE_AT] = self.consts.add(operation.scale)
         row[f.CONSTANT] = operation.reduction(channels)
         bases = layout.popcount_bases(operation, height, width, channels)
         if bases is not None:
@@ -520,12 +524,15 @@ class _Planner:
 
     def _pool(self, row: dict[int, int], operation: Pool) -> None:
         window = operation.window
-        width = self.shapes[operation.x][2]
+        sides = self.shapes[operation.x][1:]
         (rows, columns), (top, left) = window.kernel, window.padding
         padded_height = (window.size[0] - 1) * window.stride + rows
         pitch = (window.size[1] - 1) * window.stride + columns
-        first = np.arange(window.size[1]) * window.stride - left
-        counted = np.minimum(width, first + columns) - np.maximum(0, first)
+        counted = []
+        for axis in (0, 1):
+            first = np.arange(window.size[axis]) * window.stride - window.padding[axis]
+            inside = np.minimum(sides[axis], first + window.kernel[axis]) - np.maximum(0, first)
+            counted.append(np.full_like(inside, window.kernel[axis]) if operation.count_padding else inside)
         row |= {
             f.OP: int(f.Opcode.POOL),
             f.STRIDE: window.stride,
@@ -535,10 +542,9 @@ class _Planner:
             f.PAD_LEFT: left,
             f.PADDED_HEIGHT: padded_height,
             f.PITCH: pitch,
-            f.MODE: (f.MAXIMUM if operation.mode == "max" else 0) | (f.COUNT_PADDING if operation.count_padding else 0),
-            f.COLUMNS_AT: self.consts.add(
-                np.full(len(counted), columns, np.float32) if operation.count_padding else counted.astype(np.float32)
-            ),
+            f.MODE: operation.mode == "max",
+            f.ROWS_AT: self.consts.add(counted[0].astype(np.float32)),
+            f.COLUMNS_AT: self.consts.add(counted[1].astype(np.float32)),
         }
         self._scratch(f.SUMS_AT, f"sums {len(self.rows)}", padded_height * pitch * 4 + _PACKED_SLACK)
 

@@ -8,7 +8,7 @@ lie side by side in a plane. Reads may run past the last pixel by some vectors, 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 from llvmlite import ir
 
@@ -25,11 +25,20 @@ I1, I8, I16, I32, I64, F32 = (*(ir.IntType(bits) for bits in (1, 8, 16, 32, 64))
 Kind = Literal["lookup", "popcount", "real"]
 """How a convolution multiplies: tables of signed sums, XOR and population count, or floats."""
 
+NO_CODES = -0x7F7F7F7F7F7F7F80
+"""Eight codes of a lookup for pixels outside the input: their highest bit is set, so they look nothing up."""
+
 CODE_BYTES: dict[Kind, int] = {"lookup": 1, "popcount": 4, "real": 4}
 """Bytes of one pixel in one plane of the packed input."""
 
-SUM_BYTES: dict[Kind, int] = {"lookup": 2, "popcount": 4, "real": 4}
-"""Bytes of one pixel's sum in the scratch."""
+Sums = Literal["byte", "short", "word", "real"]
+"""How the sums of one pixel lie in the scratch: integers of 8, 16 or 32 bits, or floats."""
+
+SUM_BYTES: dict[Sums, int] = {"byte": 1, "short": 2, "word": 4, "real": 4}
+"""Bytes of a sum."""
+
+OVERWRITE, ADD, NARROW = 0, 1, 2
+"""What a tile does with its sums: overwrite those that are there, add to them, or, for a lookup, write bytes."""
 
 
 # Small things.
@@ -143,51 +152,74 @@ def _store_some(b: Builder, value: Value, address: Value, left: Value, lanes: in
     call(b, name, ir.VoidType(), value, pointer, const(1, I32), _mask(b, left, lanes))
 
 
-def store_row(
-    b: Builder, isa: Isa, count: Value, out: Value, make: Callable[[Value, int], Value], added: Sequence[Value] = ()
-) -> None:
-    """Write ``count`` floats: ``make(i, lanes)`` from pixel ``i`` on, plus what lies at the addresses ``added``."""
+class Rows(NamedTuple):
+    """Rows of floats to be written, and what is added to them. All are values of the code under construction.
+
+    Attributes:
+        rows: How many.
+        count: Floats in each.
+        out: Address of the first; they follow each other.
+        residuals: Addresses of two such arrays of rows.
+        how_many: Of these are added.
+    """
+
+    rows: Value
+    count: Value
+    out: Value
+    residuals: tuple[Value, Value]
+    how_many: Value
+
+
+def write_rows(b: Builder, isa: Isa, to: Rows, make: Callable[[Value], Callable[[Value], Value]]) -> None:
+    """Write rows of floats.
+
+    Args:
+        b: Where.
+        isa: For which processor.
+        to: What is written.
+        make: From a row's number to a function from a pixel's number to the vector that starts there.
+    """
     lanes = isa.lanes
+    whole = b.udiv(to.count, const(lanes))
+    first_left = b.mul(whole, const(lanes))
+    left = b.sub(to.count, first_left)
 
-    def value(first: Value) -> Value:
-        total = make(first, lanes)
-        for address in added:
-            total = b.fadd(total, load(b, at(b, address, first, 4), total.type))
-        return total
+    def rows(residuals: Sequence[Value]) -> None:
+        def row(number: Value, _: list[Value]) -> list[Value]:
+            begin = b.mul(b.mul(number, to.count), const(4))
+            vector = make(number)
 
-    whole = b.udiv(count, const(lanes))
+            def value(first: Value) -> Value:
+                total = vector(first)
+                for address in residuals:
+                    total = b.fadd(total, load(b, at(b, b.add(address, begin), first, 4), total.type))
+                return total
 
-    def body(turn: Value, _: list[Value]) -> list[Value]:
-        first = b.mul(turn, const(lanes))
-        store(b, value(first), at(b, out, first, 4))
-        return []
+            out = b.add(to.out, begin)
 
-    loop(b, whole, [], body)
-    first = b.mul(whole, const(lanes))
-    left = b.sub(count, first)
-    with b.if_then(b.icmp_signed(">", left, const(0))):
-        _store_some(b, value(first), at(b, out, first, 4), left, lanes)
+            def body(turn: Value, _: list[Value]) -> list[Value]:
+                first = b.mul(turn, const(lanes))
+                store(b, value(first), at(b, out, first, 4))
+                return []
 
+            loop(b, whole, [], body)
+            with b.if_then(b.icmp_signed(">", left, const(0))):
+                _store_some(b, value(first_left), at(b, out, first_left, 4), left, lanes)
+            return []
 
-def store_rows(
-    b: Builder,
-    isa: Isa,
-    count: Value,
-    out: Value,
-    residuals: Sequence[Value],
-    how_many: Value,
-    make: Callable[[Value, int], Value],
-) -> None:
-    """:func:`store_row` with none, one or two addresses added, decided when it runs."""
-    for number in range(len(residuals) + 1):
-        with b.if_then(b.icmp_signed("==", how_many, const(number))):
-            store_row(b, isa, count, out, make, residuals[:number])
+        loop(b, to.rows, [], row)
+
+    for number in range(len(to.residuals) + 1):
+        with b.if_then(b.icmp_signed("==", to.how_many, const(number))):
+            rows(to.residuals[:number])
 
 
 def prelu(b: Builder, x: Value, slope: Value) -> Value:
-    """``x > 0 ? x : slope * x``."""
-    positive = b.fcmp_ordered(">", x, fill(F32, x.type.count, 0.0))
-    return b.select(positive, x, b.fmul(slope, x))
+    """``x > 0 ? x : slope * x`` for a finite slope; of zeros, the sign may differ."""
+    # By the sign's bit, which processors can select by without a comparison.
+    bits = b.bitcast(x, ir.VectorType(I32, x.type.count))
+    negative = b.icmp_signed("<", bits, fill(I32, x.type.count, 0))
+    return b.select(negative, b.fmul(slope, x), x)
 
 
 # Convolution: sums of a tile of P vectors of pixels by Q output channels.
@@ -207,7 +239,7 @@ def tile(
     tables: Value,
     out: Value,
     stride: Value,
-    add: Value,
+    mode: Value,
 ) -> None:
     """Sums over a reduction, of some vectors of pixels by some output channels.
 
@@ -222,9 +254,9 @@ def tile(
         steps: How many; for a lookup so few that no sum leaves eight bits.
         weights: Address of the weights, ``(steps, channels)``: a byte each for a lookup, else 32 bits.
         tables: Address of the lookup tables, 16 bytes each; a weight is twice its table's number.
-        out: Address of the sums of the first channel: 16 bits each for a lookup, else 32.
+        out: Address of the sums of the first channel: 16 bits each for a lookup, or 8 in mode ``NARROW``; else 32.
         stride: Bytes from one channel's sums to the next's.
-        add: Whether to add to the sums that are there (1) or to overwrite them (0).
+        mode: One of ``OVERWRITE``, ``ADD`` and ``NARROW``.
     """
     width, lanes = isa.width, isa.lanes
     code = ir.VectorType(*{"lookup": (I8, width), "popcount": (I32, lanes), "real": (F32, lanes)}[kind])
@@ -256,25 +288,30 @@ def tile(
 
     sums = loop(b, steps, [zero] * (vectors * channels), body)
 
-    def write(more: bool) -> None:
+    def write(how: int) -> None:
+        size = sum_bytes(kind, how)
         for q in range(channels):
             row = b.add(out, b.mul(stride, const(q)))
             for p in range(vectors):
-                _write_sums(b, kind, sums[q * vectors + p], b.add(row, const(p * code.count * SUM_BYTES[kind])), more)
+                _write_sums(b, kind, sums[q * vectors + p], b.add(row, const(p * code.count * size)), how)
 
-    with b.if_else(b.icmp_signed("!=", add, const(0))) as (then, otherwise):
-        with then:
-            write(True)
-        with otherwise:
-            write(False)
+    for how in (OVERWRITE, ADD, NARROW) if kind == "lookup" else (OVERWRITE,):
+        with b.if_then(b.icmp_signed("==", mode, const(how))):
+            write(how)
 
 
-def _write_sums(b: Builder, kind: Kind, sums: Value, address: Value, more: bool) -> None:
+def sum_bytes(kind: Kind, mode: int) -> int:
+    """Bytes of a sum that a tile writes."""
     if kind == "lookup":
+        return 1 if mode == NARROW else 2
+    return 4
+
+
+def _write_sums(b: Builder, kind: Kind, sums: Value, address: Value, mode: int) -> None:
+    if kind == "lookup" and mode != NARROW:
         sums = b.sext(sums, ir.VectorType(I16, sums.type.count))
-    if more:
-        there = load(b, address, sums.type)
-        sums = b.fadd(there, sums) if kind == "real" else b.add(there, sums)
+    if mode == ADD:
+        sums = b.add(load(b, address, sums.type), sums)
     store(b, sums, address)
 
 
@@ -289,83 +326,89 @@ def _look_up(b: Builder, isa: Isa, table: Value, codes: Value) -> Value:
     return call(b, name, codes.type, table, codes)
 
 
-def conv_row(
+def conv_rows(
     b: Builder,
     isa: Isa,
-    kind: Kind,
+    kind: Sums,
+    to: Rows,
     *,
     sums: Value,
-    base: Value,
+    pitch: Value,
+    bases: Value,
+    base_of: Value,
     constant: Value,
-    count: Value,
     scale: Value,
     shift: Value,
     slope: Value,
     factor: Value,
-    out: Value,
-    residuals: Sequence[Value],
-    how_many: Value,
 ) -> None:
-    """One row of one output channel, from sums to floats.
+    """Rows of one output channel, from sums to floats.
 
-    Binary: ``constant * sum`` for a lookup, ``base - 2 * sum`` for a population count; then ``* scale * factor``. Real:
-    ``sum * scale + shift``. Then the PReLU, then the residuals are added.
+    ``sum * scale * factor`` for sums of bytes and shorts, ``(base - 2 * sum) * scale * factor`` for words,
+    ``sum * scale + shift`` for floats. Then the PReLU, then the residuals are added.
 
     Args:
         b: Where.
         isa: For which processor.
         kind: What the sums are.
+        to: Where the rows go.
         sums: Address of the first sum.
-        base: Address of an int32 per pixel, or 0: ``constant`` for all.
+        pitch: Bytes from row to row of the sums.
+        bases: For words, address of rows of int32 per pixel, or 0: ``constant`` for all.
+        base_of: Address of int32 per row: number of its row of bases.
         constant: int32.
-        count: Pixels.
         scale: float32.
         shift: float32.
         slope: float32.
         factor: float32.
-        out: Where the row goes.
-        residuals: Addresses of two rows of floats.
-        how_many: Of them are added.
     """
     lanes = isa.lanes
-    whole = ir.VectorType(I32, lanes)
-    scales, slopes, factors = (splat(b, value, lanes) for value in (scale, slope, factor))
-    shifts = splat(b, shift, lanes)
-    constants = splat(b, constant, lanes)
+    whole, floats = ir.VectorType(I32, lanes), ir.VectorType(F32, lanes)
+    scales, slopes, shifts = (splat(b, value, lanes) for value in (scale, slope, shift))
+    element = {"byte": I8, "short": I16, "word": I32, "real": F32}[kind]
 
-    def finish(value: Value) -> Value:
-        return prelu(b, value, slopes)
+    def rows(factors: Value | None, has_bases: bool) -> None:
+        def row(number: Value) -> Callable[[Value], Value]:
+            begin = b.add(sums, b.mul(number, pitch))
+            base = None
+            if has_bases:
+                class_ = b.sext(load(b, at(b, base_of, number, 4), I32), I64)
+                base = at(b, bases, b.mul(class_, to.count), 4)
 
-    def lookup(first: Value, lanes: int) -> Value:
-        total = b.sext(load(b, at(b, sums, first, 2), ir.VectorType(I16, lanes)), whole)
-        value = b.fmul(b.sitofp(b.mul(total, constants), ir.VectorType(F32, lanes)), scales)
-        return finish(b.fmul(value, factors))
+            def vector(first: Value) -> Value:
+                total = load(b, at(b, begin, first, SUM_BYTES[kind]), ir.VectorType(element, lanes))
+                if kind == "real":
+                    return prelu(b, b.fadd(b.fmul(total, scales), shifts), slopes)
+                if kind == "word":
+                    start = load(b, at(b, base, first, 4), whole) if has_bases else splat(b, constant, lanes)
+                    total = b.sub(start, b.shl(total, fill(I32, lanes, 1)))
+                else:
+                    total = b.sext(total, whole)
+                value = b.fmul(b.sitofp(total, floats), scales)
+                return prelu(b, value if factors is None else b.fmul(value, factors), slopes)
 
-    def popcount(first: Value, lanes: int, bases: Callable[[Value], Value]) -> Value:
-        total = load(b, at(b, sums, first, 4), whole)
-        total = b.sub(bases(first), b.shl(total, fill(I32, lanes, 1)))
-        return finish(b.fmul(b.fmul(b.sitofp(total, ir.VectorType(F32, lanes)), scales), factors))
+            return vector
 
-    def real(first: Value, lanes: int) -> Value:
-        total = load(b, at(b, sums, first, 4), ir.VectorType(F32, lanes))
-        return finish(b.fadd(b.fmul(total, scales), shifts))
+        write_rows(b, isa, to, row)
 
-    if kind == "popcount":
-        with b.if_else(b.icmp_signed("==", base, const(0))) as (inside, border):
+    def with_factor(factors: Value | None) -> None:
+        if kind != "word":
+            rows(factors, has_bases=False)
+            return
+        with b.if_else(b.icmp_signed("==", bases, const(0))) as (inside, border):
             with inside:
-                store_rows(b, isa, count, out, residuals, how_many, lambda i, n: popcount(i, n, lambda _: constants))
+                rows(factors, has_bases=False)
             with border:
-                store_rows(
-                    b,
-                    isa,
-                    count,
-                    out,
-                    residuals,
-                    how_many,
-                    lambda i, n: popcount(i, n, lambda first: load(b, at(b, base, first, 4), whole)),
-                )
-    else:
-        store_rows(b, isa, count, out, residuals, how_many, lookup if kind == "lookup" else real)
+                rows(factors, has_bases=True)
+
+    if kind == "real":
+        rows(None, has_bases=False)
+        return
+    with b.if_else(b.fcmp_ordered("==", factor, ir.Constant(F32, 1.0))) as (plain, excited):
+        with plain:
+            with_factor(None)
+        with excited:
+            with_factor(splat(b, factor, lanes))
 
 
 # Packing: from rows of floats to rows of codes.
@@ -379,104 +422,134 @@ def _every(b: Builder, address: Value, lanes: int, stride: int) -> Value:
     return shuffle(b, both, both, range(0, 2 * lanes, 2))
 
 
-def pack_row(
+def pack_rows(
     b: Builder,
     isa: Isa,
     kind: Kind,
     stride: int,
     *,
     x: Value,
+    x_pitch: Value,
     plane: Value,
     thresholds: Value,
     channels: Value,
+    rows: Value,
     count: Value,
     out: Value,
+    gap: Value,
 ) -> None:
-    """Codes of one row of pixels: bit ``c`` says whether channel ``c`` reaches its threshold; a float is copied.
+    """Codes of rows of pixels: bit ``c`` says whether channel ``c`` reaches its threshold; a float is copied.
 
-    Writes whole vectors, so up to a vector of codes behind the row as well.
+    Writes whole vectors: the rows in their order, and behind the last one perhaps a vector that belongs to nobody.
 
     Args:
         b: Where.
         isa: For which processor.
         kind: What the codes are.
-        stride: Take every pixel (1) or every other (2).
+        stride: Take every pixel (1) or every other (2) of a row.
         x: Address of the first float of the first channel.
+        x_pitch: Bytes from row to row of ``x``.
         plane: Bytes from one channel to the next.
         thresholds: Address of float32 per channel.
-        channels: At most 4 for a lookup, 32 for a population count, 1 for floats.
-        count: Codes.
-        out: Where they go.
+        channels: At most 4 for a lookup, 32 for a population count; not read for floats.
+        rows: How many.
+        count: Codes of a row.
+        out: Where the first row goes.
+        gap: Codes of padding behind each row.
     """
     lanes = max(8, isa.lanes)
+    size = CODE_BYTES[kind]
     vectors = b.udiv(b.add(count, const(lanes - 1)), const(lanes))
     words = ir.VectorType(I32, lanes)
+    gap_words = b.udiv(b.add(b.mul(gap, const(size)), const(7)), const(8))
+    pitch = b.mul(b.add(count, gap), const(size))
 
-    def body(turn: Value, _: list[Value]) -> list[Value]:
-        first = b.mul(turn, const(lanes))
-        place = at(b, x, first, 4 * stride)
-        if kind == "real":
-            store(b, _every(b, place, lanes, stride), at(b, out, first, 4))
+    def every(vector: Callable[[Value], Value]) -> None:
+        """Rows of vectors; ``vector`` makes one from the address of its first pixel."""
+
+        def row(number: Value, _: list[Value]) -> list[Value]:
+            begin, to = b.add(x, b.mul(number, x_pitch)), b.add(out, b.mul(number, pitch))
+
+            def body(turn: Value, _: list[Value]) -> list[Value]:
+                first = b.mul(turn, const(lanes))
+                store(b, vector(at(b, begin, first, 4 * stride)), at(b, to, first, size))
+                return []
+
+            loop(b, vectors, [], body)
+            behind = at(b, to, count, size)
+
+            def fill_gap(turn: Value, _: list[Value]) -> list[Value]:
+                store(b, const(NO_CODES if kind == "lookup" else 0), at(b, behind, turn, 8))
+                return []
+
+            loop(b, gap_words, [], fill_gap)
             return []
 
-        def channel(c: Value, carried: list[Value]) -> list[Value]:
-            floats = _every(b, b.add(place, b.mul(c, plane)), lanes, stride)
-            threshold = splat(b, load(b, at(b, thresholds, c, 4), F32), lanes)
-            bit = splat(b, b.shl(const(1, I32), b.trunc(c, I32)), lanes)
-            reached = b.fcmp_ordered(">=", floats, threshold)
-            return [b.or_(carried[0], b.select(reached, bit, fill(I32, lanes, 0)))]
+        loop(b, rows, [], row)
 
-        (code,) = loop(b, channels, [fill(I32, lanes, 0)], channel)
-        size = CODE_BYTES[kind]
-        store(b, b.trunc(code, ir.VectorType(I8, lanes)) if size == 1 else code, at(b, out, first, size))
-        return []
+    def reached(place: Value, threshold: Value) -> Value:
+        return b.fcmp_ordered(">=", _every(b, place, lanes, stride), splat(b, threshold, lanes))
 
-    assert words.count == lanes
-    loop(b, vectors, [], body)
+    if kind == "real":
+        every(lambda place: _every(b, place, lanes, stride))
+    elif kind == "popcount":
+
+        def counted(place: Value) -> Value:
+            def channel(c: Value, code: list[Value]) -> list[Value]:
+                mask = reached(b.add(place, b.mul(c, plane)), load(b, at(b, thresholds, c, 4), F32))
+                bit = splat(b, b.shl(const(1, I32), b.trunc(c, I32)), lanes)
+                return [b.or_(code[0], b.select(mask, bit, fill(I32, lanes, 0)))]
+
+            return loop(b, channels, [fill(I32, lanes, 0)], channel)[0]
+
+        every(counted)
+    else:
+        for number in range(1, 5):
+            with b.if_then(b.icmp_signed("==", channels, const(number))):
+                limits = [load(b, b.add(thresholds, const(4 * c)), F32) for c in range(number)]
+
+                def looked_up(place: Value, limits: list[Value] = limits) -> Value:
+                    code = fill(I32, lanes, 0)
+                    for c, limit in enumerate(limits):
+                        mask = reached(b.add(place, b.mul(plane, const(c))), limit)
+                        code = b.or_(code, b.select(mask, fill(I32, lanes, 1 << c), fill(I32, lanes, 0)))
+                    return b.trunc(code, ir.VectorType(I8, words.count))
+
+                every(looked_up)
 
 
 # The other operations.
 
 
-def map_row(
-    b: Builder,
-    isa: Isa,
-    *,
-    x: Value,
-    count: Value,
-    scale: Value,
-    shift: Value,
-    slope: Value,
-    out: Value,
-    residuals: Sequence[Value],
-    how_many: Value,
-) -> None:
-    """``prelu(x * scale + shift)`` plus residuals, for ``count`` floats of one channel."""
+def map_rows(b: Builder, isa: Isa, to: Rows, *, x: Value, scale: Value, shift: Value, slope: Value) -> None:
+    """``prelu(x * scale + shift)`` plus residuals."""
     scales, shifts, slopes = (splat(b, value, isa.lanes) for value in (scale, shift, slope))
 
-    def make(first: Value, lanes: int) -> Value:
-        floats = load(b, at(b, x, first, 4), ir.VectorType(F32, lanes))
-        return prelu(b, b.fadd(b.fmul(floats, scales), shifts), slopes)
+    def row(number: Value) -> Callable[[Value], Value]:
+        begin = at(b, x, b.mul(number, to.count), 4)
 
-    store_rows(b, isa, count, out, residuals, how_many, make)
+        def vector(first: Value) -> Value:
+            floats = load(b, at(b, begin, first, 4), ir.VectorType(F32, isa.lanes))
+            return prelu(b, b.fadd(b.fmul(floats, scales), shifts), slopes)
+
+        return vector
+
+    write_rows(b, isa, to, row)
 
 
-def pool_row(
+def pool_rows(
     b: Builder,
     isa: Isa,
     maximum: bool,
     stride: int,
+    to: Rows,
     *,
     x: Value,
     pitch: Value,
     height: Value,
     width: Value,
-    count: Value,
     rows: Value,
     columns: Value,
-    out: Value,
-    residuals: Sequence[Value],
-    how_many: Value,
 ) -> None:
     """Maximum or average of windows over a padded plane, plus residuals.
 
@@ -488,40 +561,58 @@ def pool_row(
         isa: For which processor.
         maximum: Which.
         stride: From window to window, 1 or 2.
+        to: Where the rows go.
         x: Address of the first window's first pixel.
         pitch: Bytes from row to row.
         height: Rows of a window.
         width: Pixels of a row of a window.
-        count: Windows.
-        rows: float32: rows that an average counts.
-        columns: Address of float32 per window: columns that it counts.
-        out: Where the row goes.
-        residuals: Addresses of two rows of floats.
-        how_many: Of them are added.
+        rows: Address of float32 per row of windows: rows that an average counts.
+        columns: Address of float32 per window of a row: columns that it counts.
     """
+    lanes = isa.lanes
+    floats = ir.VectorType(F32, lanes)
 
-    def make(first: Value, lanes: int) -> Value:
-        corner = at(b, x, first, 4 * stride)
-        start = fill(F32, lanes, float("-inf") if maximum else 0.0)
-
-        def row(i: Value, carried: list[Value]) -> list[Value]:
-            begin = b.add(corner, b.mul(i, pitch))
-
-            def pixel(j: Value, carried: list[Value]) -> list[Value]:
-                floats = _every(b, at(b, begin, j, 4), lanes, stride)
-                if maximum:
-                    return [b.select(b.fcmp_ordered(">", floats, carried[0]), floats, carried[0])]
-                return [b.fadd(carried[0], floats)]
-
-            return loop(b, width, carried, pixel)
-
-        (total,) = loop(b, height, [start], row)
+    def take(total: Value, place: Value) -> Value:
+        pixel = _every(b, place, lanes, stride)
         if maximum:
-            return total
-        counted = load(b, at(b, columns, first, 4), total.type)
-        return b.fdiv(total, b.fmul(counted, splat(b, rows, lanes)))
+            return b.select(b.fcmp_ordered(">", pixel, total), pixel, total)
+        return b.fadd(total, pixel)
 
-    store_rows(b, isa, count, out, residuals, how_many, make)
+    def windows(kernel: int | None) -> None:
+        def row(number: Value) -> Callable[[Value], Value]:
+            begin = b.add(x, b.mul(b.mul(number, const(stride)), pitch))
+            counted = splat(b, load(b, at(b, rows, number, 4), F32), lanes)
+
+            def vector(first: Value) -> Value:
+                corner = at(b, begin, first, 4 * stride)
+                total = fill(F32, lanes, float("-inf") if maximum else 0.0)
+                if kernel is None:
+
+                    def line(i: Value, carried: list[Value]) -> list[Value]:
+                        start = b.add(corner, b.mul(i, pitch))
+                        return loop(b, width, carried, lambda j, had: [take(had[0], at(b, start, j, 4))])
+
+                    (total,) = loop(b, height, [total], line)
+                else:
+                    for i in range(kernel):
+                        start = b.add(corner, b.mul(pitch, const(i)))
+                        for j in range(kernel):
+                            total = take(total, b.add(start, const(4 * j)))
+                if maximum:
+                    return total
+                return b.fdiv(total, b.fmul(load(b, at(b, columns, first, 4), floats), counted))
+
+            return vector
+
+        write_rows(b, isa, to, row)
+
+    usual = 3
+    is_usual = b.and_(b.icmp_signed("==", height, const(usual)), b.icmp_signed("==", width, const(usual)))
+    with b.if_else(is_usual) as (unrolled, other):
+        with unrolled:
+            windows(usual)
+        with other:
+            windows(None)
 
 
 def dot(b: Builder, isa: Isa, *, x: Value, y: Value, count: Value) -> Value:
@@ -576,3 +667,43 @@ def _reduce(b: Builder, isa: Isa, count: Value, term: Callable[[Value, Value, Va
         lower, upper = shuffle(b, result, result, range(half)), shuffle(b, result, result, range(half, 2 * half))
         result = b.fadd(lower, upper)
     return b.extract_element(result, const(0, I32))
+
+
+# The most that a processor can do, for comparison.
+
+
+def peak(b: Builder, isa: Isa, kind: Kind, turns: Value) -> Value:
+    """Multiply and accumulate in registers alone, ``turns`` times :func:`peak_macs` bits. Returns an int32 of no meaning.
+
+    What every step of a kernel must do at least: XOR, population count and addition, or table lookup and addition.
+    Without an instruction that counts the bits of a word, the bits of bytes are counted and added as bytes.
+    """
+    ways = isa.registers // 2
+    words = kind == "popcount" and isa.popcount
+    vector = ir.VectorType(I32 if words else I8, isa.lanes if words else isa.width)
+    start = [fill(vector.element, vector.count, way) for way in range(ways)]
+
+    def body(turn: Value, carried: list[Value]) -> list[Value]:
+        moving, *sums = carried
+        new = []
+        for way, total in enumerate(sums):
+            # One of its own for each, or they would be computed once for all.
+            other = fill(vector.element, vector.count, 7 * way + 1)
+            if kind == "lookup":
+                step = _look_up(b, isa, moving, other)
+            else:
+                name = f"llvm.ctpop.v{vector.count}i{32 if words else 8}"
+                step = call(b, name, vector, b.xor(moving, other))
+            new.append(b.add(total, step))
+        return [b.add(moving, fill(vector.element, vector.count, 3)), *new]
+
+    _, *sums = loop(b, turns, [start[1], *start], body)
+    result = sums[0]
+    for other in sums[1:]:
+        result = b.xor(result, other)
+    return b.extract_element(b.bitcast(result, ir.VectorType(I32, isa.lanes)), const(0, I32))
+
+
+def peak_macs(isa: Isa, kind: Kind) -> int:
+    """Bits that one turn of :func:`peak` multiplies and accumulates."""
+    return isa.registers // 2 * isa.width * (4 if kind == "lookup" else 8)

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numba import njit
 
+from nasplat.packed.kernels import emit
 from nasplat.packed.kernels import fields as f
 from nasplat.packed.kernels import intrinsics as k
 
@@ -20,7 +21,6 @@ _PACK, _CONV, _POOL, _MAP, _LINEAR, _MEAN, _ARGMAX = (int(code) for code in f.Op
 _WIDTH = k.ISA.width
 _LANES = k.ISA.lanes
 _LOOKUP, _POPCOUNT = 0, 1
-_NO_CODES = -0x7F7F7F7F7F7F7F80  # eight codes with their highest bit set, which a lookup takes for nothing
 
 _V1, _V2, _V3, _V4 = (k.tile_vectors(k.ISA, "lookup", q) for q in (1, 2, 3, 4))
 _P1, _P2, _P3, _P4 = (k.tile_vectors(k.ISA, "popcount", q) for q in (1, 2, 3, 4))
@@ -30,57 +30,59 @@ _inner: dict[str, Any] = {"nogil": True, "error_model": "numpy"}
 
 
 @njit(**_inner)
-def _fill_gap(address, count, word):  # type: ignore[no-untyped-def]
-    """At least ``count`` bytes, in steps of eight: what lies behind is written later."""
-    for i in range(0, count, 8):
-        k.store_word(address + i, word)
+def _fill_padding(address, count, kind):  # type: ignore[no-untyped-def]
+    """At least ``count`` codes of padding, in steps of eight bytes: what lies behind is written later."""
+    size = 1 if kind == _LOOKUP else 4
+    for i in range(0, count * size, 8):
+        k.store_word(address + i, emit.NO_CODES if kind == _LOOKUP else 0)
 
 
 @njit(**_inner)
 def _pack(d, consts, arena):  # type: ignore[no-untyped-def]
     kind, stride, pitch = d[f.KIND], d[f.STRIDE], d[f.PITCH]
     size = 1 if kind == _LOOKUP else 4
-    word = _NO_CODES if kind == _LOOKUP else 0
-    plane_in = d[f.HEIGHT] * d[f.WIDTH] * 4
+    plane_in, row_in = d[f.HEIGHT] * d[f.WIDTH] * 4, d[f.WIDTH] * 4
     per_group = d[f.CHANNELS] // d[f.GROUPS]
     out = arena + d[f.OUT_AT]
     for group in range(d[f.GROUPS]):
         for plane in range(d[f.PLANES]):
             first = group * per_group + plane * d[f.PLANE_CHANNELS]
             channels = min(d[f.PLANE_CHANNELS], per_group - plane * d[f.PLANE_CHANNELS])
-            x = arena + d[f.X_AT] + first * plane_in
             thresholds = consts + d[f.THRESHOLD_AT] + 4 * first
             for number in range(d[f.PHASES]):
                 phase = consts + d[f.PHASES_AT] + 32 * number
                 top, left = k.load_int(phase), k.load_int(phase + 4)
                 first_row, rows = k.load_int(phase + 8), k.load_int(phase + 12)
-                real_rows, real_columns = k.load_int(phase + 16), k.load_int(phase + 20)
+                real_rows, columns = k.load_int(phase + 16), k.load_int(phase + 20)
                 lead, place = k.load_int(phase + 24), out + k.load_int(phase + 28)
-                _fill_gap(place, lead * size, word)
+                _fill_padding(place, lead, kind)
                 place += lead * size
-                for r in range(first_row, first_row + rows):
-                    if r < 0 or r >= real_rows:
-                        _fill_gap(place, pitch * size, word)
+                above = min(rows, max(0, -first_row))
+                _fill_padding(place, above * pitch, kind)
+                place += above * pitch * size
+                inside = max(0, min(rows - above, real_rows - max(0, first_row)))
+                x = arena + d[f.X_AT] + first * plane_in + (max(0, first_row) * stride + top) * row_in + left * 4
+                pitch_in, gap = stride * row_in, pitch - columns
+                if stride == 1:
+                    if kind == _LOOKUP:
+                        k.pack_lookup(x, pitch_in, plane_in, thresholds, channels, inside, columns, place, gap)
+                    elif kind == _POPCOUNT:
+                        k.pack_popcount(x, pitch_in, plane_in, thresholds, channels, inside, columns, place, gap)
                     else:
-                        row = x + ((r * stride + top) * d[f.WIDTH] + left) * 4
-                        if stride == 1:
-                            if kind == _LOOKUP:
-                                k.pack_lookup(row, plane_in, thresholds, channels, real_columns, place)
-                            elif kind == _POPCOUNT:
-                                k.pack_popcount(row, plane_in, thresholds, channels, real_columns, place)
-                            else:
-                                k.pack_real(row, plane_in, thresholds, channels, real_columns, place)
-                        elif stride == 2:
-                            if kind == _LOOKUP:
-                                k.pack_lookup2(row, plane_in, thresholds, channels, real_columns, place)
-                            elif kind == _POPCOUNT:
-                                k.pack_popcount2(row, plane_in, thresholds, channels, real_columns, place)
-                            else:
-                                k.pack_real2(row, plane_in, thresholds, channels, real_columns, place)
-                        else:
-                            _pack_strided(kind, row, plane_in, thresholds, channels, real_columns, stride, place)
-                        _fill_gap(place + real_columns * size, (pitch - real_columns) * size, word)
-                    place += pitch * size
+                        k.pack_real(x, pitch_in, plane_in, thresholds, channels, inside, columns, place, gap)
+                elif stride == 2:
+                    if kind == _LOOKUP:
+                        k.pack_lookup2(x, pitch_in, plane_in, thresholds, channels, inside, columns, place, gap)
+                    elif kind == _POPCOUNT:
+                        k.pack_popcount2(x, pitch_in, plane_in, thresholds, channels, inside, columns, place, gap)
+                    else:
+                        k.pack_real2(x, pitch_in, plane_in, thresholds, channels, inside, columns, place, gap)
+                else:
+                    for r in range(inside):
+                        row = place + r * pitch * size
+                        _pack_strided(kind, x + r * pitch_in, plane_in, thresholds, channels, columns, stride, row)
+                        _fill_padding(row + columns * size, gap, kind)
+                _fill_padding(place + inside * pitch * size, (rows - above - inside) * pitch, kind)
             out += d[f.PLANE_BYTES]
 
 
@@ -104,30 +106,39 @@ def _pack_strided(kind, row, plane_in, thresholds, channels, count, stride, out)
 @njit(**_inner)
 def _lookup_sums(q, vectors, x, offsets, steps, chunk, weights, tables, out, stride):  # type: ignore[no-untyped-def]
     v = 0
+    narrow = steps <= chunk
+    size = 1 if narrow else 2
     many = _V4 if q == 4 else _V3 if q == 3 else _V2 if q == 2 else _V1
     while v < vectors:
         whole = vectors - v >= many
-        at, to = x + v * _WIDTH, out + v * _WIDTH * 2
+        at, to = x + v * _WIDTH, out + v * _WIDTH * size
         for first in range(0, steps, chunk):
-            o, n, w, add = offsets + 4 * first, min(chunk, steps - first), weights + first * q, first > 0
+            o, n, w, mode = (
+                offsets + 4 * first,
+                min(chunk, steps - first),
+                weights + first * q,
+                emit.ADD if first > 0 else emit.OVERWRITE,
+            )
+            if narrow:
+                mode = emit.NARROW
             if whole:
                 if q == 4:
-                    k.lookup_tile4(at, o, n, w, tables, to, stride, add)
+                    k.lookup_tile4(at, o, n, w, tables, to, stride, mode)
                 elif q == 3:
-                    k.lookup_tile3(at, o, n, w, tables, to, stride, add)
+                    k.lookup_tile3(at, o, n, w, tables, to, stride, mode)
                 elif q == 2:
-                    k.lookup_tile2(at, o, n, w, tables, to, stride, add)
+                    k.lookup_tile2(at, o, n, w, tables, to, stride, mode)
                 else:
-                    k.lookup_tile1(at, o, n, w, tables, to, stride, add)
+                    k.lookup_tile1(at, o, n, w, tables, to, stride, mode)
             else:
                 if q == 4:
-                    k.lookup_tail4(at, o, n, w, tables, to, stride, add)
+                    k.lookup_tail4(at, o, n, w, tables, to, stride, mode)
                 elif q == 3:
-                    k.lookup_tail3(at, o, n, w, tables, to, stride, add)
+                    k.lookup_tail3(at, o, n, w, tables, to, stride, mode)
                 elif q == 2:
-                    k.lookup_tail2(at, o, n, w, tables, to, stride, add)
+                    k.lookup_tail2(at, o, n, w, tables, to, stride, mode)
                 else:
-                    k.lookup_tail1(at, o, n, w, tables, to, stride, add)
+                    k.lookup_tail1(at, o, n, w, tables, to, stride, mode)
         v += many if whole else 1
 
 
@@ -190,19 +201,25 @@ def _real_sums(q, vectors, x, offsets, steps, weights, out, stride):  # type: ig
 @njit(**_inner)
 def _conv(d, consts, arena):  # type: ignore[no-untyped-def]
     kind, pitch, width, height = d[f.KIND], d[f.PITCH], d[f.OUT_WIDTH], d[f.OUT_HEIGHT]
-    size = 1 if kind == _LOOKUP else 4
-    sum_size = 2 if kind == _LOOKUP else 4
     lanes = _WIDTH if kind == _LOOKUP else _LANES
     sums, stride, steps = arena + d[f.SUMS_AT], d[f.SUMS_STRIDE], d[f.STEPS]
     offsets, chunk, tables = consts + d[f.OFFSETS_AT], d[f.CHUNK], consts + d[f.TABLES_AT]
+    size = 1 if kind == _LOOKUP else 4
+    sum_pitch = pitch * (4 if kind != _LOOKUP else 1 if steps <= chunk else 2)
     pick = k.load_int(arena + d[f.PICK_AT]) if d[f.PICK_AT] >= 0 else 0
     all_weights = consts + d[f.WEIGHT_AT] + pick * d[f.WEIGHT_STRIDE]
     has_base = d[f.BASE_AT] >= 0
     bases = consts + d[f.BASE_AT] + pick * d[f.BASE_STRIDE]
     plane_out = height * width * 4
+    added, constant = d[f.RESIDUALS], d[f.CONSTANT]
     for y in range(0, height, d[f.STRIP]):
         rows = min(d[f.STRIP], height - y)
         vectors = ((rows - 1) * pitch + width + lanes - 1) // lanes
+        # Without a gap between the rows, they are one.
+        lines, count = rows, width
+        if pitch == width and not has_base:
+            lines, count = 1, rows * width
+        base_of = consts + d[f.BASE_CLASSES_AT] + 4 * y
         for number in range(d[f.BLOCKS]):
             block = consts + d[f.BLOCKS_AT] + 16 * number
             group, first, q = k.load_int(block), k.load_int(block + 4), k.load_int(block + 8)
@@ -214,50 +231,62 @@ def _conv(d, consts, arena):  # type: ignore[no-untyped-def]
                 _popcount_sums(q, vectors, x, offsets, steps, weights, sums, stride)
             else:
                 _real_sums(q, vectors, x, offsets, steps, weights, sums, stride)
-            for j in range(q):
-                channel = first + j
+            for channel in range(first, first + q):
+                row = sums + (channel - first) * stride
                 scale = k.load_float(consts + d[f.SCALE_AT] + 4 * channel)
                 shift = k.load_float(consts + d[f.SHIFT_AT] + 4 * channel)
                 slope = k.load_float(consts + d[f.SLOPE_AT] + 4 * channel)
                 factor = np.float32(1)
                 if d[f.FACTOR_AT] >= 0:
                     factor = k.load_float(arena + d[f.FACTOR_AT] + 4 * channel)
-                place = k.load_int(consts + d[f.CHANNEL_TO_AT] + 4 * channel) * plane_out + y * width * 4
-                out = arena + d[f.OUT_AT] + place
-                one, two = arena + d[f.RESIDUAL1_AT] + place, arena + d[f.RESIDUAL2_AT] + place
-                row, count, turns = sums + j * stride, width, rows
-                if pitch == width and not has_base:
-                    count, turns = rows * width, 1
-                for r in range(turns):
-                    if kind == _LOOKUP:
-                        k.lookup_row(
-                            row, 0, d[f.CONSTANT], count, scale, shift, slope, factor, out, one, two, d[f.RESIDUALS]
-                        )
-                    elif kind == _POPCOUNT:
-                        base = 0
-                        if has_base:
-                            class_ = k.load_int(consts + d[f.BASE_CLASSES_AT] + 4 * (y + r))
-                            base = bases + (channel * d[f.BASE_ROWS] + class_) * width * 4
-                        k.popcount_row(
-                            row, base, d[f.CONSTANT], count, scale, shift, slope, factor, out, one, two, d[f.RESIDUALS]
-                        )
-                    else:
-                        k.real_row(
-                            row, 0, d[f.CONSTANT], count, scale, shift, slope, factor, out, one, two, d[f.RESIDUALS]
-                        )
-                    row += pitch * sum_size
-                    out += width * 4
-                    one += width * 4
-                    two += width * 4
+                base = bases + channel * d[f.BASE_ROWS] * width * 4 if has_base else 0
+                to = k.load_int(consts + d[f.CHANNEL_TO_AT] + 4 * channel) * plane_out + y * width * 4
+                out, one, two = arena + d[f.OUT_AT] + to, arena + d[f.RESIDUAL1_AT] + to, arena + d[f.RESIDUAL2_AT] + to
+                _conv_rows(
+                    kind,
+                    steps <= chunk,
+                    lines,
+                    count,
+                    out,
+                    one,
+                    two,
+                    added,
+                    row,
+                    sum_pitch,
+                    base,
+                    base_of,
+                    constant,
+                    scale,
+                    shift,
+                    slope,
+                    factor,
+                )
+
+
+@njit(**_inner)
+def _conv_rows(  # type: ignore[no-untyped-def]
+    kind, narrow, rows, count, out, one, two, added, sums, pitch, base, base_of, constant, scale, shift, slope, factor
+):
+    if kind == _LOOKUP:
+        if narrow:
+            k.byte_rows(rows, count, out, one, two, added, sums, pitch, 0, 0, 0, scale, shift, slope, factor)
+        else:
+            k.short_rows(rows, count, out, one, two, added, sums, pitch, 0, 0, 0, scale, shift, slope, factor)
+    elif kind == _POPCOUNT:
+        k.word_rows(
+            rows, count, out, one, two, added, sums, pitch, base, base_of, constant, scale, shift, slope, factor
+        )
+    else:
+        k.real_rows(rows, count, out, one, two, added, sums, pitch, 0, 0, 0, scale, shift, slope, factor)
 
 
 @njit(**_inner)
 def _pool(d, consts, arena):  # type: ignore[no-untyped-def]
     height, width, out_height, out_width = d[f.HEIGHT], d[f.WIDTH], d[f.OUT_HEIGHT], d[f.OUT_WIDTH]
     stride, top, left, pitch = d[f.STRIDE], d[f.PAD_TOP], d[f.PAD_LEFT], d[f.PITCH]
-    maximum, count_padding = d[f.MODE] & f.MAXIMUM, d[f.MODE] & f.COUNT_PADDING
-    padded = arena + d[f.SUMS_AT]
-    columns = consts + d[f.COLUMNS_AT]
+    tall, wide, added = d[f.KERNEL_HEIGHT], d[f.KERNEL_WIDTH], d[f.RESIDUALS]
+    padded, maximum = arena + d[f.SUMS_AT], d[f.MODE] != 0
+    rows, columns = consts + d[f.ROWS_AT], consts + d[f.COLUMNS_AT]
     # All of a padded plane but what is copied into it stays as it is from channel to channel.
     nothing = np.float32(-np.inf) if maximum else np.float32(0)
     for i in range(d[f.PADDED_HEIGHT] * pitch):
@@ -266,42 +295,41 @@ def _pool(d, consts, arena):  # type: ignore[no-untyped-def]
         x = arena + d[f.X_AT] + channel * height * width * 4
         for r in range(min(height, d[f.PADDED_HEIGHT] - top)):
             k.copy_bytes(padded + ((r + top) * pitch + left) * 4, x + r * width * 4, min(width, pitch - left) * 4)
-        for y in range(out_height):
-            place = (channel * out_height + y) * out_width * 4
-            out = arena + d[f.OUT_AT] + place
-            one, two = arena + d[f.RESIDUAL1_AT] + place, arena + d[f.RESIDUAL2_AT] + place
-            begin = y * stride - top
-            counted = min(height, begin + d[f.KERNEL_HEIGHT]) - max(0, begin)
-            rows = np.float32(d[f.KERNEL_HEIGHT] if count_padding else counted)
-            corner = padded + y * stride * pitch * 4
-            tall, wide, more = d[f.KERNEL_HEIGHT], d[f.KERNEL_WIDTH], d[f.RESIDUALS]
-            if stride == 1:
-                if maximum:
-                    k.max_row(corner, pitch * 4, tall, wide, out_width, rows, columns, out, one, two, more)
-                else:
-                    k.average_row(corner, pitch * 4, tall, wide, out_width, rows, columns, out, one, two, more)
-            elif stride == 2:
-                if maximum:
-                    k.max_row2(corner, pitch * 4, tall, wide, out_width, rows, columns, out, one, two, more)
-                else:
-                    k.average_row2(corner, pitch * 4, tall, wide, out_width, rows, columns, out, one, two, more)
+        to = channel * out_height * out_width * 4
+        out, one, two = arena + d[f.OUT_AT] + to, arena + d[f.RESIDUAL1_AT] + to, arena + d[f.RESIDUAL2_AT] + to
+        if stride == 1:
+            if maximum:
+                k.max_rows(out_height, out_width, out, one, two, added, padded, pitch * 4, tall, wide, rows, columns)
             else:
+                k.average_rows(
+                    out_height, out_width, out, one, two, added, padded, pitch * 4, tall, wide, rows, columns
+                )
+        elif stride == 2:
+            if maximum:
+                k.max_rows2(out_height, out_width, out, one, two, added, padded, pitch * 4, tall, wide, rows, columns)
+            else:
+                k.average_rows2(
+                    out_height, out_width, out, one, two, added, padded, pitch * 4, tall, wide, rows, columns
+                )
+        else:
+            for y in range(out_height):
                 for i in range(out_width):
                     value = nothing
                     for u in range(tall):
                         for v in range(wide):
-                            pixel = k.load_float(corner + (u * pitch + i * stride + v) * 4)
+                            pixel = k.load_float(padded + ((y * stride + u) * pitch + i * stride + v) * 4)
                             if maximum:
                                 value = pixel if pixel > value else value
                             else:
                                 value += pixel
                     if not maximum:
-                        value /= rows * k.load_float(columns + 4 * i)
-                    if more > 0:
-                        value += k.load_float(one + 4 * i)
-                    if more > 1:
-                        value += k.load_float(two + 4 * i)
-                    k.store_float(out + 4 * i, value)
+                        value /= k.load_float(rows + 4 * y) * k.load_float(columns + 4 * i)
+                    at = 4 * (y * out_width + i)
+                    if added > 0:
+                        value += k.load_float(one + at)
+                    if added > 1:
+                        value += k.load_float(two + at)
+                    k.store_float(out + at, value)
 
 
 @njit(**_inner)
@@ -314,7 +342,7 @@ def _map(d, consts, arena):  # type: ignore[no-untyped-def]
         place = k.load_int(consts + d[f.CHANNEL_TO_AT] + 4 * channel) * count * 4
         x, out = arena + d[f.X_AT] + channel * count * 4, arena + d[f.OUT_AT] + place
         one, two = arena + d[f.RESIDUAL1_AT] + place, arena + d[f.RESIDUAL2_AT] + place
-        k.map_row(x, count, scale, shift, slope, out, one, two, d[f.RESIDUALS])
+        k.map_rows(1, count, out, one, two, d[f.RESIDUALS], x, scale, shift, slope)
 
 
 @njit(**_inner)
@@ -391,3 +419,16 @@ def compile_executor(fingerprint: str) -> Any:
                 k.copy_bytes(y + example * y_bytes, arena + y_at, y_bytes)
 
     return execute
+
+
+def compile_peak(fingerprint: str) -> Any:
+    """The compiled loop that stays in registers; ``fingerprint`` as in :func:`compile_executor`."""
+
+    @njit(nogil=True, cache=True)
+    def peak(lookup, turns):  # type: ignore[no-untyped-def]
+        """:func:`nasplat.packed.kernels.emit.peak` of one of two kinds."""
+        if len(fingerprint) == 0:
+            return 0
+        return k.lookup_peak(turns) if lookup else k.popcount_peak(turns)
+
+    return peak

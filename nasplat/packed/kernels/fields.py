@@ -79,8 +79,9 @@ class Opcode(IntEnum):
     PAD_LEFT,
     PADDED_HEIGHT,
     MODE,
+    ROWS_AT,
     COLUMNS_AT,
-) = range(51)
+) = range(52)
 
 COLUMNS = COLUMNS_AT + 1
 """How many there are."""
@@ -90,9 +91,6 @@ KINDS = ("lookup", "popcount", "real")
 
 ACTIVATIONS = ("none", "relu", "sigmoid")
 """Activations of LINEAR, by their number in the column MODE."""
-
-MAXIMUM, COUNT_PADDING = 1, 2
-"""Bits of MODE of a pool."""
 
 NOWHERE = -1
 """Offset that stands for an absent array."""

@@ -53,11 +53,11 @@ def tile_vectors(isa: Isa, kind: emit.Kind, channels: int) -> int:
 def _tile(kind: emit.Kind, channels: int, vectors: int) -> Any:
     @intrinsic
     def tile(context: Any, a: Any, b: Any, c: Any, d: Any, e: Any, f: Any, g: Any, h: Any) -> Any:
-        """x, offsets, steps, weights, tables, out, stride, add."""
+        """x, offsets, steps, weights, tables, out, stride, mode."""
 
         def code(context: Any, builder: Any, signature: Any, values: Any) -> Any:
             if kind != "lookup" or ISA.lookup != "none":
-                names = ("x", "offsets", "steps", "weights", "tables", "out", "stride", "add")
+                names = ("x", "offsets", "steps", "weights", "tables", "out", "stride", "mode")
                 emit.tile(builder, ISA, kind, vectors, channels, **dict(zip(names, values, strict=True)))
             return context.get_dummy_value()
 
@@ -66,106 +66,90 @@ def _tile(kind: emit.Kind, channels: int, vectors: int) -> Any:
     return tile
 
 
-def _conv_row(kind: emit.Kind) -> Any:
+def _conv_rows(kind: emit.Sums) -> Any:
     @intrinsic
-    def conv_row(
+    def conv_rows(
+        context: Any,
+        a: Any,
+        b: Any,
+        c: Any,
+        d: Any,
+        e: Any,
+        f: Any,
+        g: Any,
+        h: Any,
+        i: Any,
+        j: Any,
+        k: Any,
+        m: Any,
+        n: Any,
+        o: Any,
+        p: Any,
+    ) -> Any:
+        """Rows; then sums, pitch, bases, base_of, constant, scale, shift, slope, factor."""
+
+        def code(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+            to, rest = _rows(values)
+            names = ("sums", "pitch", "bases", "base_of", "constant", "scale", "shift", "slope", "factor")
+            given = dict(zip(names, rest, strict=True))
+            given["constant"] = builder.trunc(given["constant"], emit.I32)
+            emit.conv_rows(builder, ISA, kind, to, **given)
+            return context.get_dummy_value()
+
+        return types.void(_i, _i, _i, _i, _i, _i, _i, _i, _i, _i, _i, _f, _f, _f, _f), code
+
+    return conv_rows
+
+
+def _rows(values: Any) -> tuple[emit.Rows, Any]:
+    """The first six values as rows, and the others."""
+    rows, count, out, one, two, how_many, *rest = values
+    return emit.Rows(rows, count, out, (one, two), how_many), rest
+
+
+def _pack_rows(kind: emit.Kind, stride: int) -> Any:
+    @intrinsic
+    def pack_rows(context: Any, a: Any, b: Any, c: Any, d: Any, e: Any, f: Any, g: Any, h: Any, i: Any) -> Any:
+        """x, x_pitch, plane, thresholds, channels, rows, count, out, gap."""
+
+        def code(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+            names = ("x", "x_pitch", "plane", "thresholds", "channels", "rows", "count", "out", "gap")
+            emit.pack_rows(builder, ISA, kind, stride, **dict(zip(names, values, strict=True)))
+            return context.get_dummy_value()
+
+        return types.void(_i, _i, _i, _i, _i, _i, _i, _i, _i), code
+
+    return pack_rows
+
+
+def _pool_rows(maximum: bool, stride: int) -> Any:
+    @intrinsic
+    def pool_rows(
         context: Any, a: Any, b: Any, c: Any, d: Any, e: Any, f: Any, g: Any, h: Any, i: Any, j: Any, k: Any, m: Any
     ) -> Any:
-        """sums, base, constant, count, scale, shift, slope, factor, out, residual, residual, how_many."""
+        """Rows; then x, pitch, height, width, rows counted, columns counted."""
 
         def code(context: Any, builder: Any, signature: Any, values: Any) -> Any:
-            sums, base, constant, count, scale, shift, slope, factor, out, one, two, how_many = values
-            emit.conv_row(
-                builder,
-                ISA,
-                kind,
-                sums=sums,
-                base=base,
-                constant=builder.trunc(constant, emit.I32),
-                count=count,
-                scale=scale,
-                shift=shift,
-                slope=slope,
-                factor=factor,
-                out=out,
-                residuals=(one, two),
-                how_many=how_many,
-            )
+            to, rest = _rows(values)
+            names = ("x", "pitch", "height", "width", "rows", "columns")
+            emit.pool_rows(builder, ISA, maximum, stride, to, **dict(zip(names, rest, strict=True)))
             return context.get_dummy_value()
 
-        return types.void(_i, _i, _i, _i, _f, _f, _f, _f, _i, _i, _i, _i), code
+        return types.void(_i, _i, _i, _i, _i, _i, _i, _i, _i, _i, _i, _i), code
 
-    return conv_row
-
-
-def _pack_row(kind: emit.Kind, stride: int) -> Any:
-    @intrinsic
-    def pack_row(context: Any, a: Any, b: Any, c: Any, d: Any, e: Any, f: Any) -> Any:
-        """x, plane, thresholds, channels, count, out."""
-
-        def code(context: Any, builder: Any, signature: Any, values: Any) -> Any:
-            names = ("x", "plane", "thresholds", "channels", "count", "out")
-            emit.pack_row(builder, ISA, kind, stride, **dict(zip(names, values, strict=True)))
-            return context.get_dummy_value()
-
-        return types.void(_i, _i, _i, _i, _i, _i), code
-
-    return pack_row
-
-
-def _pool_row(maximum: bool, stride: int) -> Any:
-    @intrinsic
-    def pool_row(
-        context: Any, a: Any, b: Any, c: Any, d: Any, e: Any, f: Any, g: Any, h: Any, i: Any, j: Any, k: Any
-    ) -> Any:
-        """x, pitch, height, width, count, rows, columns, out, residual, residual, how_many."""
-
-        def code(context: Any, builder: Any, signature: Any, values: Any) -> Any:
-            x, pitch, height, width, count, rows, columns, out, one, two, how_many = values
-            emit.pool_row(
-                builder,
-                ISA,
-                maximum,
-                stride,
-                x=x,
-                pitch=pitch,
-                height=height,
-                width=width,
-                count=count,
-                rows=rows,
-                columns=columns,
-                out=out,
-                residuals=(one, two),
-                how_many=how_many,
-            )
-            return context.get_dummy_value()
-
-        return types.void(_i, _i, _i, _i, _i, _f, _i, _i, _i, _i, _i), code
-
-    return pool_row
+    return pool_rows
 
 
 @intrinsic
-def map_row(context: Any, a: Any, b: Any, c: Any, d: Any, e: Any, f: Any, g: Any, h: Any, i: Any) -> Any:
-    """x, count, scale, shift, slope, out, residual, residual, how_many."""
+def map_rows(context: Any, a: Any, b: Any, c: Any, d: Any, e: Any, f: Any, g: Any, h: Any, i: Any, j: Any) -> Any:
+    """Rows; then x, scale, shift, slope."""
 
     def code(context: Any, builder: Any, signature: Any, values: Any) -> Any:
-        x, count, scale, shift, slope, out, one, two, how_many = values
-        emit.map_row(
-            builder,
-            ISA,
-            x=x,
-            count=count,
-            scale=scale,
-            shift=shift,
-            slope=slope,
-            out=out,
-            residuals=(one, two),
-            how_many=how_many,
-        )
+        to, (x, scale, shift, slope) = _rows(values)
+        emit.map_rows(builder, ISA, to, x=x, scale=scale, shift=shift, slope=slope)
         return context.get_dummy_value()
 
-    return types.void(_i, _i, _f, _f, _f, _i, _i, _i, _i), code
+    return types.void(_i, _i, _i, _i, _i, _i, _i, _f, _f, _f), code
 
 
 @intrinsic
@@ -190,6 +174,21 @@ def total(context: Any, a: Any, b: Any) -> Any:
     return _f(_i, _i), code
 
 
+def _peak(kind: emit.Kind) -> Any:
+    @intrinsic
+    def peak(context: Any, a: Any) -> Any:
+        """Turns."""
+
+        def code(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+            if kind == "lookup" and ISA.lookup == "none":
+                return emit.const(0)
+            return builder.sext(emit.peak(builder, ISA, kind, values[0]), emit.I64)
+
+        return _i(_i), code
+
+    return peak
+
+
 def _loader(kind: Any, result: Any) -> Any:
     @intrinsic
     def load(context: Any, a: Any) -> Any:
@@ -209,7 +208,7 @@ def _loader(kind: Any, result: Any) -> Any:
 def _storer(kind: Any, given: Any) -> Any:
     @intrinsic
     def store(context: Any, a: Any, b: Any) -> Any:
-        """address, value."""
+        """Address, value."""
 
         def code(context: Any, builder: Any, signature: Any, values: Any) -> Any:
             address, value = values
@@ -264,7 +263,8 @@ lookup_tail1, lookup_tail2, lookup_tail3, lookup_tail4 = (_tile("lookup", q, 1) 
 popcount_tail1, popcount_tail2, popcount_tail3, popcount_tail4 = (_tile("popcount", q, 1) for q in (1, 2, 3, 4))
 real_tail1, real_tail2, real_tail3, real_tail4 = (_tile("real", q, 1) for q in (1, 2, 3, 4))
 
-lookup_row, popcount_row, real_row = (_conv_row(kind) for kind in ("lookup", "popcount", "real"))
-pack_lookup, pack_popcount, pack_real = (_pack_row(kind, 1) for kind in ("lookup", "popcount", "real"))
-pack_lookup2, pack_popcount2, pack_real2 = (_pack_row(kind, 2) for kind in ("lookup", "popcount", "real"))
-max_row, max_row2, average_row, average_row2 = (_pool_row(m, s) for m in (True, False) for s in (1, 2))
+byte_rows, short_rows, word_rows, real_rows = (_conv_rows(kind) for kind in ("byte", "short", "word", "real"))
+pack_lookup, pack_popcount, pack_real = (_pack_rows(kind, 1) for kind in ("lookup", "popcount", "real"))
+pack_lookup2, pack_popcount2, pack_real2 = (_pack_rows(kind, 2) for kind in ("lookup", "popcount", "real"))
+max_rows, max_rows2, average_rows, average_rows2 = (_pool_rows(m, s) for m in (True, False) for s in (1, 2))
+lookup_peak, popcount_peak = _peak("lookup"), _peak("popcount")
