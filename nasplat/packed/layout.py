@@ -190,7 +190,7 @@ def offsets(
 ) -> NDArray[np.int32]:
     """Bytes from a group's first plane to what each step reads."""
     rows = np.arange(planes(kind, per_group))[:, None] * plane_bytes + np.array(starts)[None] * code_bytes
-    return rows.reshape(-1).astype(np.int32)
+    return np.asarray(rows.reshape(-1), np.int32)
 
 
 def reads_in_place(window: Window, height: int, width: int) -> bool:

@@ -89,8 +89,8 @@ class Profile:
         lines += [
             "",
             f"{self.microseconds:.0f} us for the whole program, {whole:.0f} us for its steps one by one: {kinds}",
-            f"{self.bit_macs / 1e6:.1f} Mbit-MAC, {self.bit_macs / self.microseconds / 1e3:.0f} Gbit-MAC/s; the peak of "
-            f"XOR and population count is {self.popcount_peak / 1e9:.0f} Gbit-MAC/s"
+            f"{self.bit_macs / 1e6:.1f} Mbit-MAC, {self.bit_macs / self.microseconds / 1e3:.0f} Gbit-MAC/s; the peak "
+            f"of XOR and population count is {self.popcount_peak / 1e9:.0f} Gbit-MAC/s"
             + ("" if self.lookup_peak is None else f", of table lookups {self.lookup_peak / 1e9:.0f}")
             + f" ({self.isa} on {self.cpu}, one thread)",
             f"memory: {self.arena_bytes:,} bytes for values, {self.const_bytes:,} for weights and tables",

@@ -137,17 +137,15 @@ def pack(model: nn.Module, example: Tensor) -> PackedProgram:
 
 def _engine(program: Program) -> Engine:
     try:
-        import numba  # noqa: F401
-    except ImportError:
+        from nasplat.packed.compiled import Compiled
+    except ImportError as error:
         from nasplat.packed.interpreter import Interpreter
 
         warnings.warn(
-            "Numba is not installed, so packed programs run in NumPy: the same results, some hundred times slower. "
-            "To compile them: pip install 'nasplat[packed]'",
+            f"Numba cannot be imported ({error}), so packed programs run in NumPy: the same results, some hundred times "
+            "slower. To compile them: pip install 'nasplat[packed]'",
             NasplatWarning,
             stacklevel=4,
         )
         return Interpreter(program)
-    from nasplat.packed.compiled import Compiled
-
     return Compiled(program)

@@ -673,7 +673,7 @@ def _reduce(b: Builder, isa: Isa, count: Value, term: Callable[[Value, Value, Va
 
 
 def peak(b: Builder, isa: Isa, kind: Kind, turns: Value) -> Value:
-    """Multiply and accumulate in registers alone, ``turns`` times :func:`peak_macs` bits. Returns an int32 of no meaning.
+    """Multiply and accumulate in registers alone, ``turns`` times :func:`peak_macs` bits; the int32 means nothing.
 
     What every step of a kernel must do at least: XOR, population count and addition, or table lookup and addition.
     Without an instruction that counts the bits of a word, the bits of bytes are counted and added as bytes.

@@ -30,7 +30,7 @@ _inner: dict[str, Any] = {"nogil": True, "error_model": "numpy"}
 
 
 @njit(**_inner)
-def _fill_padding(address, count, kind):  # type: ignore[no-untyped-def]
+def _fill_padding(address, count, kind):
     """At least ``count`` codes of padding, in steps of eight bytes: what lies behind is written later."""
     size = 1 if kind == _LOOKUP else 4
     for i in range(0, count * size, 8):
@@ -38,7 +38,7 @@ def _fill_padding(address, count, kind):  # type: ignore[no-untyped-def]
 
 
 @njit(**_inner)
-def _pack(d, consts, arena):  # type: ignore[no-untyped-def]
+def _pack(d, consts, arena):
     kind, stride, pitch = d[f.KIND], d[f.STRIDE], d[f.PITCH]
     size = 1 if kind == _LOOKUP else 4
     plane_in, row_in = d[f.HEIGHT] * d[f.WIDTH] * 4, d[f.WIDTH] * 4
@@ -87,7 +87,7 @@ def _pack(d, consts, arena):  # type: ignore[no-untyped-def]
 
 
 @njit(**_inner)
-def _pack_strided(kind, row, plane_in, thresholds, channels, count, stride, out):  # type: ignore[no-untyped-def]
+def _pack_strided(kind, row, plane_in, thresholds, channels, count, stride, out):
     for i in range(count):
         x = row + i * stride * 4
         if kind in (_LOOKUP, _POPCOUNT):
@@ -104,7 +104,7 @@ def _pack_strided(kind, row, plane_in, thresholds, channels, count, stride, out)
 
 
 @njit(**_inner)
-def _lookup_sums(q, vectors, x, offsets, steps, chunk, weights, tables, out, stride):  # type: ignore[no-untyped-def]
+def _lookup_sums(q, vectors, x, offsets, steps, chunk, weights, tables, out, stride):
     v = 0
     narrow = steps <= chunk
     size = 1 if narrow else 2
@@ -143,7 +143,7 @@ def _lookup_sums(q, vectors, x, offsets, steps, chunk, weights, tables, out, str
 
 
 @njit(**_inner)
-def _popcount_sums(q, vectors, x, offsets, steps, weights, out, stride):  # type: ignore[no-untyped-def]
+def _popcount_sums(q, vectors, x, offsets, steps, weights, out, stride):
     v = 0
     many = _P4 if q == 4 else _P3 if q == 3 else _P2 if q == 2 else _P1
     while v < vectors:
@@ -171,7 +171,7 @@ def _popcount_sums(q, vectors, x, offsets, steps, weights, out, stride):  # type
 
 
 @njit(**_inner)
-def _real_sums(q, vectors, x, offsets, steps, weights, out, stride):  # type: ignore[no-untyped-def]
+def _real_sums(q, vectors, x, offsets, steps, weights, out, stride):
     v = 0
     many = _R4 if q == 4 else _R3 if q == 3 else _R2 if q == 2 else _R1
     while v < vectors:
@@ -199,7 +199,7 @@ def _real_sums(q, vectors, x, offsets, steps, weights, out, stride):  # type: ig
 
 
 @njit(**_inner)
-def _conv(d, consts, arena):  # type: ignore[no-untyped-def]
+def _conv(d, consts, arena):
     kind, pitch, width, height = d[f.KIND], d[f.PITCH], d[f.OUT_WIDTH], d[f.OUT_HEIGHT]
     lanes = _WIDTH if kind == _LOOKUP else _LANES
     sums, stride, steps = arena + d[f.SUMS_AT], d[f.SUMS_STRIDE], d[f.STEPS]
@@ -264,7 +264,7 @@ def _conv(d, consts, arena):  # type: ignore[no-untyped-def]
 
 
 @njit(**_inner)
-def _conv_rows(  # type: ignore[no-untyped-def]
+def _conv_rows(
     kind, narrow, rows, count, out, one, two, added, sums, pitch, base, base_of, constant, scale, shift, slope, factor
 ):
     if kind == _LOOKUP:
@@ -281,7 +281,7 @@ def _conv_rows(  # type: ignore[no-untyped-def]
 
 
 @njit(**_inner)
-def _pool(d, consts, arena):  # type: ignore[no-untyped-def]
+def _pool(d, consts, arena):
     height, width, out_height, out_width = d[f.HEIGHT], d[f.WIDTH], d[f.OUT_HEIGHT], d[f.OUT_WIDTH]
     stride, top, left, pitch = d[f.STRIDE], d[f.PAD_TOP], d[f.PAD_LEFT], d[f.PITCH]
     tall, wide, added = d[f.KERNEL_HEIGHT], d[f.KERNEL_WIDTH], d[f.RESIDUALS]
@@ -333,7 +333,7 @@ def _pool(d, consts, arena):  # type: ignore[no-untyped-def]
 
 
 @njit(**_inner)
-def _map(d, consts, arena):  # type: ignore[no-untyped-def]
+def _map(d, consts, arena):
     count = d[f.HEIGHT] * d[f.WIDTH]
     for channel in range(d[f.CHANNELS]):
         scale = k.load_float(consts + d[f.SCALE_AT] + 4 * channel)
@@ -346,7 +346,7 @@ def _map(d, consts, arena):  # type: ignore[no-untyped-def]
 
 
 @njit(**_inner)
-def _linear(d, consts, arena):  # type: ignore[no-untyped-def]
+def _linear(d, consts, arena):
     x, out = arena + d[f.X_AT], arena + d[f.OUT_AT]
     for channel in range(d[f.OUT_CHANNELS]):
         y = k.dot(consts + d[f.WEIGHT_AT] + channel * d[f.CHANNELS] * 4, x, d[f.CHANNELS])
@@ -359,7 +359,7 @@ def _linear(d, consts, arena):  # type: ignore[no-untyped-def]
 
 
 @njit(**_inner)
-def _mean(d, arena):  # type: ignore[no-untyped-def]
+def _mean(d, arena):
     count = d[f.HEIGHT] * d[f.WIDTH]
     for channel in range(d[f.CHANNELS]):
         value = k.total(arena + d[f.X_AT] + channel * count * 4, count) / np.float32(count)
@@ -367,7 +367,7 @@ def _mean(d, arena):  # type: ignore[no-untyped-def]
 
 
 @njit(**_inner)
-def _argmax(d, arena):  # type: ignore[no-untyped-def]
+def _argmax(d, arena):
     best = 0
     for channel in range(1, d[f.CHANNELS]):
         if k.load_float(arena + d[f.X_AT] + 4 * channel) > k.load_float(arena + d[f.X_AT] + 4 * best):
@@ -376,7 +376,7 @@ def _argmax(d, arena):  # type: ignore[no-untyped-def]
 
 
 @njit(**_inner)
-def _operation(d, consts, arena):  # type: ignore[no-untyped-def]
+def _operation(d, consts, arena):
     op = d[f.OP]
     if op == _PACK:
         _pack(d, consts, arena)
@@ -403,9 +403,7 @@ def compile_executor(fingerprint: str) -> Any:
     """
 
     @njit(nogil=True, cache=True, error_model="numpy")
-    def execute(  # type: ignore[no-untyped-def]
-        table, first, last, turns, consts, arena, examples, x, x_bytes, x_at, y, y_bytes, y_at
-    ):
+    def execute(table, first, last, turns, consts, arena, examples, x, x_bytes, x_at, y, y_bytes, y_at):
         """Rows ``first`` to ``last`` of the table, ``turns`` times over for each example."""
         if len(fingerprint) == 0:
             return
@@ -425,7 +423,7 @@ def compile_peak(fingerprint: str) -> Any:
     """The compiled loop that stays in registers; ``fingerprint`` as in :func:`compile_executor`."""
 
     @njit(nogil=True, cache=True)
-    def peak(lookup, turns):  # type: ignore[no-untyped-def]
+    def peak(lookup, turns):
         """:func:`nasplat.packed.kernels.emit.peak` of one of two kinds."""
         if len(fingerprint) == 0:
             return 0
