@@ -17,7 +17,8 @@ Each message says what was asked, what was got and what would be legal.
     ├── CandidateError                      one candidate failed; the search goes on
     │   ├── NonFiniteError                  NaN or infinity
     │   └── TimeLimitError                  past its time limit
-    └── ExportError                         an exported file does not compute what the model computes
+    ├── ExportError                         an exported file does not compute what the model computes
+    └── FileFormatError                     a file is not what it claims to be, or is damaged
 
     NasplatWarning (UserWarning)            worth knowing; nothing was lost
     SearchInterrupted (KeyboardInterrupt)   Ctrl-C; everything finished so far is in the folder
@@ -80,6 +81,10 @@ class TimeLimitError(CandidateError):
 
 class ExportError(NasplatError):
     """An exported file, loaded again, does not compute what the model computes."""
+
+
+class FileFormatError(NasplatError):
+    """A file is not what it claims to be, or is damaged."""
 
 
 class NasplatWarning(UserWarning):

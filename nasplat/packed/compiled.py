@@ -24,8 +24,9 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from nasplat.errors import InvalidInputError
 from nasplat.packed.engine import Step
-from nasplat.packed.graph import INPUT, PICK, Program
+from nasplat.packed.graph import INPUT, PICK, Argmax, Program, check_program
 from nasplat.packed.kernels import emit, executor, fields, intrinsics, isa
 from nasplat.packed.plan import Plan, make_plan
 
@@ -185,6 +186,8 @@ class Compiled:
         self._arenas = _Arenas(self.plan.arena_bytes)
         self._input = self.plan.values[INPUT]
         self._output = self.plan.values[program.output]
+        shapes = check_program(program)
+        self._choices = {one.name: shapes[one.x][0] for one in program.operations if isinstance(one, Argmax)}
 
     @property
     def steps(self) -> tuple[Step, ...]:
@@ -251,6 +254,10 @@ class Compiled:
         for index, step in enumerate(self.steps):
             for name in step.inputs:
                 if name in values:
+                    if name in self._choices and not 0 <= int(values[name]) < self._choices[name]:
+                        raise InvalidInputError(
+                            f"the pick {name!r} is {int(values[name])}; legal: from 0 to {self._choices[name] - 1}"
+                        )
                     view(name)[...] = values[name]
             self._call(arena, index, index + 1, 1)
             yield step, None if step.output is None else view(step.output).copy()

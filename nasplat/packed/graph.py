@@ -10,7 +10,7 @@ layer that was trained), which no bit can say: such taps count nothing.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from math import prod
 from typing import Any, ClassVar, Literal, NamedTuple, TypeAlias
@@ -641,6 +641,7 @@ def check_program(program: Program) -> dict[str, Shape]:
         shapes[operation.name] = check_step(operation, shapes)
         check_arrays(operation, shapes)
     check_output(program.output, program.flat, shapes)
+    check_picks(program.operations, shapes)
     check_total(shapes)
     return shapes
 
@@ -653,6 +654,24 @@ def check_count(operations: int) -> None:
     """
     if operations > MAX_OPERATIONS:
         raise InvalidInputError(f"the program has {operations} operations; legal: up to {MAX_OPERATIONS}")
+
+
+def check_picks(operations: Iterable[Operation], shapes: Mapping[str, Shape]) -> None:
+    """Check that each pick is among as many as the convolution has experts.
+
+    Raises:
+        InvalidInputError: One is among more or fewer.
+    """
+    choices: dict[str, int] = {}
+    for operation in operations:
+        if isinstance(operation, Argmax):
+            choices[operation.name] = shapes[operation.x][0]
+        elif isinstance(operation, BinaryConv) and operation.pick is not None:
+            count = choices[operation.pick]
+            operation._check(
+                count == operation.experts,
+                f"{operation.pick!r} picks from {count}; legal: its {operation.experts} experts",
+            )
 
 
 def check_total(shapes: Mapping[str, Shape]) -> None:

@@ -187,10 +187,10 @@ def real_weights(operation: Conv, parts: tuple[Block, ...]) -> Weights:
 
 def offsets(
     kind: Kind, starts: tuple[int, ...], per_group: int, plane_bytes: int, code_bytes: int
-) -> NDArray[np.int32]:
+) -> NDArray[np.int64]:
     """Bytes from a group's first plane to what each step reads."""
     rows = np.arange(planes(kind, per_group))[:, None] * plane_bytes + np.array(starts)[None] * code_bytes
-    return np.asarray(rows.reshape(-1), np.int32)
+    return np.asarray(rows.reshape(-1), np.int64)
 
 
 def reads_in_place(window: Window, height: int, width: int) -> bool:

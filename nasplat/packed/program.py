@@ -142,8 +142,8 @@ def _engine(program: Program) -> Engine:
         from nasplat.packed.interpreter import Interpreter
 
         warnings.warn(
-            f"Numba cannot be imported ({error}), so packed programs run in NumPy: the same results, some hundred times "
-            "slower. To compile them: pip install 'nasplat[packed]'",
+            f"Numba cannot be imported ({error}), so packed programs run in NumPy: the same results, some hundred "
+            "times slower. To compile them: pip install 'nasplat[packed]'",
             NasplatWarning,
             stacklevel=4,
         )

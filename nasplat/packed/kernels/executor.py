@@ -108,20 +108,15 @@ def _lookup_sums(q, vectors, x, offsets, steps, chunk, weights, tables, out, str
     v = 0
     narrow = steps <= chunk
     size = 1 if narrow else 2
-    many = _V4 if q == 4 else _V3 if q == 3 else _V2 if q == 2 else _V1
+    most = _V4 if q == 4 else _V3 if q == 3 else _V2 if q == 2 else _V1
     while v < vectors:
-        whole = vectors - v >= many
+        # A pair matters where an image is hardly larger than two vectors.
+        many = most if vectors - v >= most else min(2, vectors - v)
         at, to = x + v * _WIDTH, out + v * _WIDTH * size
         for first in range(0, steps, chunk):
-            o, n, w, mode = (
-                offsets + 4 * first,
-                min(chunk, steps - first),
-                weights + first * q,
-                emit.ADD if first > 0 else emit.OVERWRITE,
-            )
-            if narrow:
-                mode = emit.NARROW
-            if whole:
+            o, n, w = offsets + 4 * first, min(chunk, steps - first), weights + first * q
+            mode = emit.NARROW if narrow else emit.ADD if first > 0 else emit.OVERWRITE
+            if many == most:
                 if q == 4:
                     k.lookup_tile4(at, o, n, w, tables, to, stride, mode)
                 elif q == 3:
@@ -130,6 +125,15 @@ def _lookup_sums(q, vectors, x, offsets, steps, chunk, weights, tables, out, str
                     k.lookup_tile2(at, o, n, w, tables, to, stride, mode)
                 else:
                     k.lookup_tile1(at, o, n, w, tables, to, stride, mode)
+            elif many == 2:
+                if q == 4:
+                    k.lookup_pair4(at, o, n, w, tables, to, stride, mode)
+                elif q == 3:
+                    k.lookup_pair3(at, o, n, w, tables, to, stride, mode)
+                elif q == 2:
+                    k.lookup_pair2(at, o, n, w, tables, to, stride, mode)
+                else:
+                    k.lookup_pair1(at, o, n, w, tables, to, stride, mode)
             else:
                 if q == 4:
                     k.lookup_tail4(at, o, n, w, tables, to, stride, mode)
@@ -139,7 +143,7 @@ def _lookup_sums(q, vectors, x, offsets, steps, chunk, weights, tables, out, str
                     k.lookup_tail2(at, o, n, w, tables, to, stride, mode)
                 else:
                     k.lookup_tail1(at, o, n, w, tables, to, stride, mode)
-        v += many if whole else 1
+        v += many
 
 
 @njit(**_inner)

@@ -259,6 +259,7 @@ popcount_tile1, popcount_tile2, popcount_tile3, popcount_tile4 = (
     _tile("popcount", q, tile_vectors(ISA, "popcount", q)) for q in (1, 2, 3, 4)
 )
 real_tile1, real_tile2, real_tile3, real_tile4 = (_tile("real", q, tile_vectors(ISA, "real", q)) for q in (1, 2, 3, 4))
+lookup_pair1, lookup_pair2, lookup_pair3, lookup_pair4 = (_tile("lookup", q, 2) for q in (1, 2, 3, 4))
 lookup_tail1, lookup_tail2, lookup_tail3, lookup_tail4 = (_tile("lookup", q, 1) for q in (1, 2, 3, 4))
 popcount_tail1, popcount_tail2, popcount_tail3, popcount_tail4 = (_tile("popcount", q, 1) for q in (1, 2, 3, 4))
 real_tail1, real_tail2, real_tail3, real_tail4 = (_tile("real", q, 1) for q in (1, 2, 3, 4))
