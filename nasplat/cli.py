@@ -505,7 +505,7 @@ def export(
     to: Annotated[Path, typer.Option(metavar="OUT", help="Folder to write; new, empty, or an earlier export.")],
     trial: Which = None,
 ) -> None:
-    """Write the best network as architecture.json, safetensors, torch.export and ONNX.
+    """Write the best network as architecture.json, safetensors, torch.export, ONNX and, if it is binary, packed bits.
 
     Each file is loaded again and compared with the network on real inputs, and the network is scored on the test
     split, which the search never saw.

@@ -158,8 +158,8 @@ class Candidate:
     def export(self, folder: str | Path) -> ExportReport:
         """Write the network in every format, load each again and compare it on real validation inputs.
 
-        The folder gets ``architecture.json``, ``weights.safetensors``, ``model.pt2``, ``model.onnx`` and
-        ``report.json`` with the comparison and the test metrics.
+        The folder gets ``architecture.json``, ``weights.safetensors``, ``model.pt2``, ``model.onnx``, ``model.packed``
+        for a binary network, and ``report.json`` with the comparison and the test metrics.
 
         Raises:
             ExportError: A file, loaded again, does not compute what the model computes.

@@ -3,6 +3,7 @@
 from nasplat.export.bundle import ExportReport, FileReport, export
 from nasplat.export.compare import Comparison
 from nasplat.export.onnx import Onnx
+from nasplat.export.packed import Packed
 from nasplat.export.target import Target
 from nasplat.export.torch_export import TorchExport
 from nasplat.export.weights import Weights, load_bundle
@@ -12,6 +13,7 @@ __all__ = [
     "ExportReport",
     "FileReport",
     "Onnx",
+    "Packed",
     "Target",
     "TorchExport",
     "Weights",

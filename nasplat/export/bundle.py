@@ -10,6 +10,7 @@ import platform
 import shutil
 import time
 import uuid
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
@@ -20,12 +21,21 @@ import torch
 from torch import Tensor, nn
 
 from nasplat.architecture import Architecture
-from nasplat.errors import ArchitectureError, ExportError, FolderError, InvalidInputError
+from nasplat.errors import (
+    ArchitectureError,
+    ExportError,
+    FolderError,
+    InvalidInputError,
+    NasplatWarning,
+    UnsupportedError,
+)
 from nasplat.export.compare import MAX_ERROR, MIN_AGREEMENT, ROUNDING, Comparison, Verdict, compare
 from nasplat.export.onnx import Onnx
+from nasplat.export.packed import Packed, is_binary
 from nasplat.export.target import Target
 from nasplat.export.torch_export import TorchExport
 from nasplat.export.weights import ARCHITECTURE_FILE, Weights
+from nasplat.packed import pack
 from nasplat.space import SearchSpace
 
 REPORT_FILE = "report.json"
@@ -171,7 +181,8 @@ def export(
         inputs: Real inputs to compare on, ``(n, ...)``, float32, on the CPU, ``n >= 2``; a few hundred make the share
             of equal classes mean something. They are not stored.
         folder: Made, or replaced where it holds an earlier export and nothing else.
-        targets: Formats beside architecture and weights; None is torch.export and ONNX.
+        targets: Formats beside architecture and weights; None is torch.export and ONNX, and for a model with binary
+            layers the packed program (a warning says so where one has an operation that it cannot have).
         metrics: For the report, e.g. ``{"test_accuracy": 0.91}``.
         facts: Anything else for the report, as JSON values.
 
@@ -190,11 +201,11 @@ def export(
     if not space.owns(architecture):
         raise ArchitectureError(f"the architecture is of the space {architecture.space}, not of {space.identity}")
     architecture = space.architecture(architecture.genes)
-    chosen = (Weights(space), *((TorchExport(), Onnx()) if targets is None else targets))
-    _check_names(chosen)
     _check_free(folder)
     frozen = copy.deepcopy(model).cpu().eval()
     reference = _reference(frozen, inputs)
+    chosen = (Weights(space), *(_default_targets(frozen, inputs[:2]) if targets is None else targets))
+    _check_names(chosen)
 
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.partial")
@@ -217,6 +228,18 @@ def export(
             + f". Files and {REPORT_FILE} are kept in {folder}"
         )
     return report
+
+
+def _default_targets(model: nn.Module, example: Tensor) -> tuple[Target, ...]:
+    usual = (TorchExport(), Onnx())
+    if not is_binary(model):
+        return usual
+    try:
+        pack(model, example)
+    except UnsupportedError as error:
+        warnings.warn(f"no {Packed().file} is written for this binary network: {error}", NasplatWarning, stacklevel=3)
+        return usual
+    return (*usual, Packed())
 
 
 def _check_names(targets: Sequence[Target]) -> None:

@@ -20,8 +20,8 @@ from nasplat.packed.graph import Program, check_program
 class PackedProgram:
     """A network as a program that computes its binary convolutions on packed bits, one example at a time.
 
-    It runs on the CPU, in compiled code where Numba is installed (``pip install 'nasplat[packed]'``), else in NumPy with
-    the same results, slowly. It may be called from several threads, and after a fork.
+    It runs on the CPU, in compiled code where Numba is installed (``pip install 'nasplat[packed]'``), else in NumPy
+    with the same results, slowly. It may be called from several threads, and after a fork.
 
     Attributes:
         program: The operations.
@@ -124,8 +124,8 @@ def pack(model: nn.Module, example: Tensor) -> PackedProgram:
     """Translate a trained network into a packed program.
 
     Args:
-        model: In evaluation mode, with binary weights and activations: any network of the binary spaces, or of one's own
-            made of the same layers. It is left as it is.
+        model: In evaluation mode, with binary weights and activations: any network of the binary spaces, or one of the
+            same layers. It is left as it is.
         example: ``(n, channels, height, width)``, float32; for its shape. The program takes images of this shape only.
 
     Raises:

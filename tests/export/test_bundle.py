@@ -28,11 +28,13 @@ from nasplat.errors import (
     FolderError,
     FolderMismatchError,
     InvalidInputError,
+    NasplatWarning,
     UnsupportedError,
 )
 from nasplat.export import TorchExport, Weights, export, load_bundle
 from nasplat.export.compare import compare
 from nasplat.nn import ExpertBinaryConv2d, set_binarisation, set_experts
+from nasplat.packed import PackedProgram
 from nasplat.space import SearchSpace
 from nasplat.task import Task
 from search_spaces import Bats, BinaryGrowth
@@ -132,7 +134,11 @@ def bundle(request) -> Exported:
 
 def test_every_file_computes_the_models_logits(bundle):
     files = {file.name: file for file in bundle.report.files}
-    assert list(files) == ["weights", "torch_export", "onnx"]
+    binary = isinstance(bundle.space, Bats)
+    assert list(files) == ["weights", "torch_export", "onnx", *(["packed"] if binary else [])]
+    for file in bundle.report.files[3:]:
+        assert file.comparison.verdict in ("equal", "close")
+        assert file.comparison.argmax_agreement >= 0.995
     assert files["weights"].verdict == "equal"
     assert files["torch_export"].verdict == "equal"
     onnx = files["onnx"].comparison
@@ -140,6 +146,29 @@ def test_every_file_computes_the_models_logits(bundle):
     assert onnx.argmax_agreement >= 0.995
     assert onnx.rows_beyond_rounding <= 2
     assert onnx.rows == len(bundle.x) + 1
+
+
+def test_a_packed_file_is_small_and_runs(bats):
+    folder = bats.report.folder
+    logits = PackedProgram.load(folder / "model.packed")(bats.x)
+    assert torch.equal(logits.argmax(1), bats.model.eval()(bats.x).argmax(1))
+    assert "PackedProgram.load" in (folder / "README.md").read_text()
+    assert (folder / "model.packed").stat().st_size < (folder / "weights.safetensors").stat().st_size / 2
+
+
+class Unpackable(Bats):
+    """Its networks end in an operation that no packed program has."""
+
+    def build(self, architecture):
+        return nn.Sequential(super().build(architecture), nn.Softplus())
+
+
+def test_a_binary_network_that_cannot_be_packed_is_exported_with_a_warning(tmp_path):
+    x = images(16)
+    architecture, model = made(Unpackable.small(cells=1), x, 0)
+    with pytest.warns(NasplatWarning, match=r"no model\.packed is written.*Softplus"):
+        report = export(Unpackable.small(cells=1), architecture, model, x, tmp_path / "best")
+    assert [file.name for file in report.files] == ["weights", "torch_export", "onnx"]
 
 
 @pytest.mark.slow  # the README's study, which always runs, exports a network on such images
@@ -157,6 +186,7 @@ def test_the_folder_holds_what_the_report_says(bundle):
         "weights.safetensors",
         "model.pt2",
         "model.onnx",
+        *(["model.packed"] if isinstance(bundle.space, Bats) else []),
         "report.json",
         "README.md",
     }
