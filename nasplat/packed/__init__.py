@@ -10,8 +10,8 @@
     program = PackedProgram.load("best.packed")
 """
 
-from nasplat.packed.profile import profile
-from nasplat.packed.program import PackedProgram, pack
-from nasplat.packed.verify import verify
+from nasplat.packed.profile import Profile, profile
+from nasplat.packed.program import PackedProgram, pack, warm_up
+from nasplat.packed.verify import Verification, verify
 
-__all__ = ["PackedProgram", "pack", "profile", "verify"]
+__all__ = ["PackedProgram", "Profile", "Verification", "pack", "profile", "verify", "warm_up"]

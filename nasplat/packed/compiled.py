@@ -93,15 +93,8 @@ def _one_compiles() -> Iterator[None]:
         os.close(handle)
 
 
-def warm_up() -> str:
-    """Compile the kernels, or load them from the cache: what the first call of a program would otherwise do.
-
-    A worker that measures calls it before. Numba keeps the compiled code beside the installed package, or where
-    ``NUMBA_CACHE_DIR`` says, and processes share it.
-
-    Returns:
-        The instruction set that the kernels are for, e.g. ``"avx2"``.
-    """
+def compile_kernels() -> str:
+    """See :func:`nasplat.packed.warm_up`. Numba keeps compiled code beside the package or in ``NUMBA_CACHE_DIR``."""
     _execute()
     return intrinsics.ISA.name
 

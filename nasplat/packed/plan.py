@@ -7,6 +7,7 @@ place there. Several convolutions that read the same bits share them.
 
 from __future__ import annotations
 
+from bisect import insort
 from dataclasses import dataclass, field
 from math import prod
 from typing import Any, NamedTuple
@@ -115,11 +116,14 @@ def _fuse(program: Program, shapes: dict[str, Shape]) -> tuple[list[_Node], dict
             uses[name] = uses.get(name, 0) + 1
     nodes: list[_Node] = []
     makers: dict[str, int] = {}
+    # Row after which a value is there: of its maker, or of the last part of a concatenation.
+    ready: dict[str, int] = {}
     parts: dict[str, tuple[str, int]] = {}
     whole: set[str] = set()
+    taken = {INPUT, *(operation.name for operation in program.operations)}
 
     def add(node: _Node) -> None:
-        makers[node.out] = len(nodes)
+        makers[node.out] = ready[node.out] = len(nodes)
         nodes.append(node)
 
     def into(name: str, kinds: tuple[type[Operation], ...]) -> int | None:
@@ -139,7 +143,7 @@ def _fuse(program: Program, shapes: dict[str, Shape]) -> tuple[list[_Node], dict
                 nodes[index].shuffle = operation.groups
         elif isinstance(operation, Add):
             # The later row: when it runs, the other term is there.
-            last = max((operation.x, operation.y), key=lambda name: makers.get(name, -1))
+            last = max((operation.x, operation.y), key=lambda name: ready.get(name, -1))
             index = into(last, _Summing)
             if index is not None and len(nodes[index].residuals) < 2:
                 nodes[index].residuals.append(operation.y if last == operation.x else operation.x)
@@ -151,18 +155,19 @@ def _fuse(program: Program, shapes: dict[str, Shape]) -> tuple[list[_Node], dict
                 if part in makers and part not in parts and part not in whole:
                     parts[part] = operation.name, channel
                 else:
-                    copy = f"{operation.name}[{number}]"
+                    copy = _unused(f"{operation.name}[{number}]", taken)
                     shapes[copy] = shapes[part]
                     add(_Node(Affine(name=copy, x=part), copy, fused=[]))
                     parts[copy] = operation.name, channel
                 channel += shapes[part][0]
             whole.add(operation.name)
+            ready[operation.name] = len(nodes) - 1
             continue
         if index is not None:
             node = nodes[index]
             node.out = operation.name
             node.fused.append(operation.name)
-            makers[operation.name] = index
+            makers[operation.name] = ready[operation.name] = index
         elif isinstance(operation, Shuffle):
             plain = Affine(name=operation.name, x=operation.x)
             add(_Node(plain, operation.name, shuffle=operation.groups, fused=[operation.name]))
@@ -172,6 +177,13 @@ def _fuse(program: Program, shapes: dict[str, Shape]) -> tuple[list[_Node], dict
         else:
             add(_Node(operation, operation.name, fused=[operation.name]))
     return nodes, parts
+
+
+def _unused(name: str, taken: set[str]) -> str:
+    """A name that no value has: ``name`` itself, but a file may have chosen that."""
+    while name in taken:
+        name += "'"
+    return name
 
 
 class _Constants:
@@ -225,7 +237,7 @@ class _Buffers:
         end = 0
         for name, buffer in sorted(self._buffers.items(), key=lambda item: (-item[1].size, item[0])):
             at = 0
-            for start, other in sorted(placed):
+            for start, other in placed:
                 if other.last < buffer.first or buffer.last < other.first:
                     continue
                 if at + buffer.size <= start:
@@ -233,7 +245,7 @@ class _Buffers:
                 at = max(at, start + other.size)
                 at += -at % _ALIGNMENT
             offsets[name] = at
-            placed.append((at, buffer))
+            insort(placed, (at, buffer))
             end = max(end, at + buffer.size)
         if end > MAX_BYTES:
             raise InvalidInputError(f"the program takes {end} bytes for one example; legal: up to {MAX_BYTES}")
@@ -271,6 +283,7 @@ class _Planner:
         self.program = program
         self.isa = isa
         self.shapes = check_program(program)
+        self.names = set(self.shapes)
         self.nodes, self.parts = _fuse(program, self.shapes)
         self.consts = _Constants()
         self.buffers = _Buffers()
@@ -278,6 +291,7 @@ class _Planner:
         self.steps: list[Step] = []
         # Columns that hold a place in the arena: (row, column) -> buffer and bytes into it.
         self.places: dict[tuple[int, int], tuple[str, int]] = {}
+        self.made: set[str] = set()
         self.packed = self._share()
 
     def plan(self) -> Plan:
@@ -353,7 +367,7 @@ class _Planner:
                 windows.setdefault(self._key(node.operation), []).append(node.operation.window)
         return {
             key: _Packed(
-                f"packed {number} {key[0]}",
+                _unused(f"packed {number} {key[0]}", self.names),
                 key[1],
                 plane_layout(tuple(dict.fromkeys(found)), *self.shapes[key[0]][1:]),
                 tuple(dict.fromkeys(found)),
@@ -375,7 +389,8 @@ class _Planner:
         packed = None
         if isinstance(operation, BinaryConv | Conv) and not self._in_place(operation):
             packed = self.packed[self._key(operation)]
-            if packed.name not in {step.name for step in self.steps}:
+            if packed.name not in self.made:
+                self.made.add(packed.name)
                 self._add_packing(operation, packed)
         channels, height, width = self.shapes[operation.inputs[0]]
         out_channels, out_height, out_width = self.shapes[node.out]
@@ -411,8 +426,9 @@ class _Planner:
                 row[f.OP] = f.Opcode.ARGMAX
             case _:
                 raise AssertionError(f"no row is made of {operation}")
-        known = node.out in {one.name for one in self.program.operations}
-        step = Step(node.out, operation.KIND, node.inputs, node.out if known else None, tuple(node.fused))
+        step = Step(
+            node.out, operation.KIND, node.inputs, node.out if node.out in self.names else None, tuple(node.fused)
+        )
         self._finish(row, step)
 
     def _add_packing(self, operation: BinaryConv | Conv, packed: _Packed) -> None:
@@ -482,7 +498,7 @@ class _Planner:
             f.SLOPE_AT: self.consts.row(operation.slope, out_channels, 1.0),
             f.CHANNEL_TO_AT: self.consts.add(_targets(out_channels, node.shuffle)),
         }
-        self._scratch(f.SUMS_AT, f"sums {len(self.rows)}", layout.TILE_CHANNELS * sums_stride + _PACKED_SLACK)
+        self._scratch(f.SUMS_AT, _unused(f"sums {len(self.rows)}", self.names), layout.TILE_CHANNELS * sums_stride + _PACKED_SLACK)
         if isinstance(operation, Conv):
             row[f.SCALE_AT] = self.consts.row(operation.scale, out_channels, 1.0)
             row[f.SHIFT_AT] = self.consts.row(operation.shift, out_channels, 0.0)
@@ -546,7 +562,7 @@ class _Planner:
             f.ROWS_AT: self.consts.add(counted[0].astype(np.float32)),
             f.COLUMNS_AT: self.consts.add(counted[1].astype(np.float32)),
         }
-        self._scratch(f.SUMS_AT, f"sums {len(self.rows)}", padded_height * pitch * 4 + _PACKED_SLACK)
+        self._scratch(f.SUMS_AT, _unused(f"sums {len(self.rows)}", self.names), padded_height * pitch * 4 + _PACKED_SLACK)
 
     def _map(self, row: dict[int, int], node: _Node, operation: Affine) -> None:
         channels = row[f.CHANNELS]

@@ -135,6 +135,22 @@ def pack(model: nn.Module, example: Tensor) -> PackedProgram:
     return PackedProgram(capture(model, example))
 
 
+def warm_up() -> str | None:
+    """Compile the kernels, or load them from the cache: what the first call of any program would otherwise do.
+
+    A worker that measures calls it before. Processes of one machine and user share the compiled code: one compiles, the
+    others wait for it.
+
+    Returns:
+        The instruction set that the kernels are for, e.g. ``"avx2"``; None without Numba, where nothing is compiled.
+    """
+    try:
+        from nasplat.packed.compiled import compile_kernels
+    except ImportError:
+        return None
+    return compile_kernels()
+
+
 def _engine(program: Program) -> Engine:
     try:
         from nasplat.packed.compiled import Compiled

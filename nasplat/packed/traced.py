@@ -11,6 +11,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from typing import Any, cast
 
 import torch
@@ -290,10 +291,14 @@ class _Tracer(fx.Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return _is_leaf(m)
 
+    @cached_property
+    def _own(self) -> set[int]:
+        return {id(module) for module in self.root.modules()}
+
     def call_module(
         self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        if all(m is not module for module in self.root.modules()):
+        if id(m) not in self._own:
             # A module of another thread, which runs as ever.
             return forward(*args, **kwargs)
         return super().call_module(m, forward, args, kwargs)

@@ -73,7 +73,8 @@ class Verification:
         steps: Each step of the engine by itself, fed with the model's own values.
         unchecked: Operations of the program that no step computes whose value could be compared; none, as it should be.
         rows: Examples compared.
-        run_equal: Whether the program as it is run gives what its steps give one by one.
+        run_equal: Whether the program as it is run gives what its steps give one by one, each on what those before it
+            made. A concatenation that is no step of its own, but a matter of where its parts are put, is compared here.
         equal: Whether the program's outputs are the model's, bit for bit.
         relative_difference: Largest absolute difference of an output, in standard deviations of the model's outputs.
         relative_rms: Root mean square difference, in the same unit.
@@ -207,15 +208,26 @@ class _Check:
         self.run_equal = True
         self.operations = {operation.name: operation for operation in program.operations}
         self.compared = [step for step in engine.steps if step.output is not None]
+        self.joined = self._joined()
         count = len(self.compared)
         self.differences = [0.0] * count
         self.squares, self.numbers, self.terms = [0.0] * count, [0] * count, [0.0] * count
         self.equal = [True] * count
 
+    def _joined(self) -> set[str]:
+        """Concatenations that no step makes, of values that steps make."""
+        made = {INPUT} | {str(step.output) for step in self.compared}
+        joined: set[str] = set()
+        for operation in self.program.operations:
+            if isinstance(operation, Concat) and operation.name not in made and made.issuperset(operation.parts):
+                joined.add(operation.name)
+                made.add(operation.name)
+        return joined
+
     @property
     def unchecked(self) -> tuple[str, ...]:
-        """The operations that are part of no step whose value can be compared."""
-        checked = {name for step in self.compared for name in step.operations}
+        """The operations that are part of no step whose value can be compared, and are not joined by their place."""
+        checked = {name for step in self.compared for name in step.operations} | self.joined
         return tuple(name for name in self.operations if name not in checked)
 
     def match(self, output: Tensor, values: Mapping[str, Tensor]) -> None:
@@ -255,12 +267,21 @@ class _Check:
             index += 1
 
     def whole(self, output: NDArray[Any], example: NDArray[Any]) -> None:
-        """Compare what the whole program gives with what its steps give, from the input on."""
-        last: Any = example
+        """Compare what the whole program gives with what its steps give, each on what those before it made."""
+        own: dict[str, NDArray[Any]] = {INPUT: example}
         for step, made in self.engine.trace({INPUT: example}):
-            if step.output == self.program.output:
-                last = made
-        self.run_equal = self.run_equal and np.array_equal(output, last, equal_nan=True)
+            if step.output is not None and made is not None:
+                own[step.output] = made
+        # What an engine joins by where it puts the parts shows in the steps that read it.
+        for operation in self.program.operations:
+            if operation.name in self.joined and isinstance(operation, Concat):
+                own[operation.name] = np.concatenate([own[part] for part in operation.parts])
+        again = all(
+            made is None or np.array_equal(made, own[str(step.output)], equal_nan=True)
+            for step, made in self.engine.trace(own)
+        )
+        last = own.get(self.program.output, np.empty(0))
+        self.run_equal = self.run_equal and again and np.array_equal(output, last, equal_nan=True)
 
     def _compare(self, index: int, made: NDArray[Any], value: NDArray[Any]) -> None:
         if made.shape != value.shape:
