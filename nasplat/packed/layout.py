@@ -170,14 +170,16 @@ def popcount_bases(operation: BinaryConv, height: int, width: int, in_channels: 
     (rows, row_of), (columns, column_of) = (
         border_classes(window, size, axis) for axis, size in enumerate((height, width))
     )
-    inside = np.array(rows)[:, None, :, None] & np.array(columns)[None, :, None, :]
-    inside = inside.reshape(len(rows), len(columns), window.taps)
-    if inside.all():
+    # A tap is inside if its row and its column are; of large kernels, all taps for all classes would be too many.
+    down, across = np.array(rows, np.int64), np.array(columns, np.int64)
+    if down.all() and across.all():
         return None
     ones = _bits(operation, in_channels).sum(axis=-1, dtype=np.int64)
+    ones = ones.reshape(operation.experts, operation.channels, *window.kernel)
+    outside = ones.sum(axis=(2, 3))[..., None, None] - down @ ones @ across.T
     per_group = in_channels // operation.groups
-    base = inside.sum(axis=-1) * per_group + 2 * np.einsum("rct,eot->eorc", (~inside).astype(np.int64), ones)
-    return Bases(base[..., list(column_of)].astype(np.int32), np.array(row_of, np.int32))
+    base = (np.outer(down.sum(axis=1), across.sum(axis=1)) * per_group + 2 * outside).astype(np.int32)
+    return Bases(base[..., list(column_of)], np.array(row_of, np.int32))
 
 
 def real_weights(operation: Conv, parts: tuple[Block, ...]) -> Weights:

@@ -7,7 +7,7 @@ place there. Several convolutions that read the same bits share them.
 
 from __future__ import annotations
 
-from bisect import insort
+from collections.abc import Container
 from dataclasses import dataclass, field
 from math import prod
 from typing import Any, NamedTuple
@@ -179,7 +179,7 @@ def _fuse(program: Program, shapes: dict[str, Shape]) -> tuple[list[_Node], dict
     return nodes, parts
 
 
-def _unused(name: str, taken: set[str]) -> str:
+def _unused(name: str, taken: Container[str]) -> str:
     """A name that no value has: ``name`` itself, but a file may have chosen that."""
     while name in taken:
         name += "'"
@@ -232,21 +232,22 @@ class _Buffers:
 
     def place(self) -> tuple[dict[str, int], int]:
         """Offset of each, the largest first and each as low as it fits, and the size of the whole."""
-        placed: list[tuple[int, _Buffer]] = []
-        offsets: dict[str, int] = {}
+        ordered = sorted(self._buffers.items(), key=lambda item: (-item[1].size, item[0]))
+        sizes, firsts, lasts = np.array([buffer for _, buffer in ordered], np.int64).reshape(-1, 3).T
+        starts = np.zeros_like(sizes)
         end = 0
-        for name, buffer in sorted(self._buffers.items(), key=lambda item: (-item[1].size, item[0])):
+        for number, (_, buffer) in enumerate(ordered):
             at = 0
-            for start, other in placed:
-                if other.last < buffer.first or buffer.last < other.first:
-                    continue
-                if at + buffer.size <= start:
+            # Those placed before it that are needed at the same time.
+            others = np.flatnonzero((lasts[:number] >= buffer.first) & (firsts[:number] <= buffer.last))
+            for other in others[np.argsort(starts[others], kind="stable")]:
+                if at + buffer.size <= starts[other]:
                     break
-                at = max(at, start + other.size)
+                at = max(at, int(starts[other] + sizes[other]))
                 at += -at % _ALIGNMENT
-            offsets[name] = at
-            insort(placed, (at, buffer))
+            starts[number] = at
             end = max(end, at + buffer.size)
+        offsets = {name: int(start) for (name, _), start in zip(ordered, starts, strict=True)}
         if end > MAX_BYTES:
             raise InvalidInputError(f"the program takes {end} bytes for one example; legal: up to {MAX_BYTES}")
         return offsets, end + _SLACK
@@ -341,6 +342,10 @@ class _Planner:
         self.buffers.need(name, size, row)
         self.places[row, column] = name, 0
 
+    def _sums(self, size: int) -> None:
+        """The row under construction uses memory that nothing else does."""
+        self._scratch(f.SUMS_AT, _unused(f"sums {len(self.rows)}", self.shapes), size)
+
     # Packed inputs.
 
     def _kind(self, operation: BinaryConv | Conv) -> Kind:
@@ -367,7 +372,7 @@ class _Planner:
                 windows.setdefault(self._key(node.operation), []).append(node.operation.window)
         return {
             key: _Packed(
-                _unused(f"packed {number} {key[0]}", self.names),
+                _unused(f"packed {number} {key[0]}", self.shapes),
                 key[1],
                 plane_layout(tuple(dict.fromkeys(found)), *self.shapes[key[0]][1:]),
                 tuple(dict.fromkeys(found)),
@@ -498,7 +503,7 @@ class _Planner:
             f.SLOPE_AT: self.consts.row(operation.slope, out_channels, 1.0),
             f.CHANNEL_TO_AT: self.consts.add(_targets(out_channels, node.shuffle)),
         }
-        self._scratch(f.SUMS_AT, _unused(f"sums {len(self.rows)}", self.names), layout.TILE_CHANNELS * sums_stride + _PACKED_SLACK)
+        self._sums(layout.TILE_CHANNELS * sums_stride + _PACKED_SLACK)
         if isinstance(operation, Conv):
             row[f.SCALE_AT] = self.consts.row(operation.scale, out_channels, 1.0)
             row[f.SHIFT_AT] = self.consts.row(operation.shift, out_channels, 0.0)
@@ -562,7 +567,7 @@ class _Planner:
             f.ROWS_AT: self.consts.add(counted[0].astype(np.float32)),
             f.COLUMNS_AT: self.consts.add(counted[1].astype(np.float32)),
         }
-        self._scratch(f.SUMS_AT, _unused(f"sums {len(self.rows)}", self.names), padded_height * pitch * 4 + _PACKED_SLACK)
+        self._sums(padded_height * pitch * 4 + _PACKED_SLACK)
 
     def _map(self, row: dict[int, int], node: _Node, operation: Affine) -> None:
         channels = row[f.CHANNELS]
