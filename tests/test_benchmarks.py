@@ -1,9 +1,10 @@
-"""The comparison of strategies on a table of made-up numbers."""
+"""The comparison of strategies on a table of made-up numbers, and what the benchmark of packed programs is made of."""
 
 from __future__ import annotations
 
 import csv
 import importlib.util
+import json
 import os
 import subprocess
 import sys
@@ -14,6 +15,8 @@ from types import ModuleType
 
 import numpy as np
 import pytest
+
+from search_spaces.bats import Bats
 
 ROOT = Path(__file__).parents[1]
 
@@ -39,11 +42,10 @@ def table(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.fixture(scope="module")
-def benchmark() -> Iterator[ModuleType]:
-    """The script as a module. It puts the project's folder in front of the path."""
+def load(name: str) -> Iterator[ModuleType]:
+    """A script as a module. It puts the project's folder in front of the path."""
     path = list(sys.path)
-    spec = importlib.util.spec_from_file_location("benchmarks.strategies", ROOT / "benchmarks" / "strategies.py")
+    spec = importlib.util.spec_from_file_location(f"benchmarks.{name}", ROOT / "benchmarks" / f"{name}.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
@@ -51,6 +53,17 @@ def benchmark() -> Iterator[ModuleType]:
     yield module
     sys.path[:] = path
     del sys.modules[spec.name]
+
+
+@pytest.fixture(scope="module")
+def benchmark() -> Iterator[ModuleType]:
+    yield from load("strategies")
+
+
+@pytest.fixture(scope="module")
+def packed() -> Iterator[ModuleType]:
+    pytest.importorskip("numba")
+    yield from load("packed")
 
 
 Compare = Callable[..., str]
@@ -137,3 +150,94 @@ def test_as_a_script_with_two_processes(compare: Compare, table: Path, tmp_path:
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     assert without_times(done.stdout) == without_times(compare(table, tmp_path / "one", *chosen))
+
+
+class Clock:
+    """A subject that takes given seconds, and writes down when it was asked."""
+
+    def __init__(self, name: str, asked: list[tuple[str, int]], seconds: float) -> None:
+        self.name, self.asked, self.taken = name, asked, seconds
+
+    def seconds(self, calls: int, warm: bool) -> float:
+        self.asked.append((self.name, calls))
+        self.taken += 1e-4
+        return self.taken
+
+
+def test_subjects_take_turns(packed: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(packed.measure.__globals__, "WARM_UP_SECONDS", 0)
+    asked: list[tuple[str, int]] = []
+    subjects = {name: Clock(name, asked, seconds) for name, seconds in (("a", 4e-4), ("b", 1e-2), ("c", 1e-3))}
+    found = packed.measure(subjects, 4)
+    # One warm-up each; then every round starts with the next one. As many calls as take 2 ms.
+    assert [name for name, _ in asked] == [*"abc", *"abc", *"bca", *"cab", *"abc"]
+    assert dict(asked[3:]) == {"a": 4, "b": 1, "c": 2}
+    assert found["a"].samples == pytest.approx([6e-4, 7e-4, 8e-4, 9e-4])
+    assert found["a"].best == pytest.approx(6e-4) and found["a"].spread == pytest.approx(7.5 / 6 - 1)
+    assert len(packed.measure(subjects, 9, seconds=0.0)["a"].samples) == 3
+
+
+def test_ratios_are_of_the_fastest_of_a_kind(packed: ModuleType) -> None:
+    seconds = {"packed": (2.0, 3.0), "float32 torch": (30.0, 20.0), "float32 ORT": (12.0, 40.0), "int8 QDQ": (6.0, 8.0)}
+    timings = {name: packed.Timing(samples) for name, samples in seconds.items()}
+    row = packed.Row("layer", packed.Setting(1, 1), timings, {"family": "dense 3x3"})
+    assert (row.best_ratio("float32"), row.best_ratio("int8"), row.ratio("float32 torch")) == (6, 3, 10)
+    assert row.as_json()["ratios"] == {"float32 torch": 10, "float32 ORT": 6, "int8 QDQ": 3}
+    assert packed.geometric_mean([2.0, 8.0]) == pytest.approx(4)
+
+
+def test_layers_of_the_tables(packed: ModuleType) -> None:
+    layers = packed.all_layers()
+    families = [layer.family for layer in layers]
+    assert len(set(layers)) == len(layers) == 43
+    assert {name: families.count(name) for name in dict.fromkeys(families)} == {
+        "dense 1x1": 9, "grouped 1x1": 6, "dense 3x3": 6, "grouped 3x3": 10,
+        "BATS 3x3, 12 groups": 6, "BATS 5x5, 12 groups": 6,
+    }  # fmt: skip
+    assert {layer.family for layer in packed.quick_layers()} == set(families)
+    assert str(layers[0]) == "64->64 32x32 k1" and layers[0].macs == 64 * 64 * 32 * 32
+
+
+def test_times_a_layer(
+    packed: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(packed, "quick_layers", lambda: (packed.Layer(24, 12, 5, 3, 2, 12),))
+    monkeypatch.setattr(packed, "SETTINGS", (packed.Setting(1, 1), packed.Setting(3, 1), packed.Setting(3, 4096)))
+    assert packed.main(["--quick", "--layers", "--json", str(tmp_path / "found.json")]) == 0
+    text = capsys.readouterr().out
+    assert "left out: 4096 threads, batch 3" in text and "24->12 5x5 k3 d2 g12" in text
+    one, three = json.loads((tmp_path / "found.json").read_text())["layers"]
+    assert (one["batch"], three["batch"]) == (1, 3)
+    for row in (one, three):
+        assert set(row["ratios"]) == {
+            *(f"float32 {name}" for name in ("torch", "torch cl", "ORT")),
+            *(f"int8 {name}" for name in ("QDQ", "QLinear", "QLinear cl", "torch")),
+        }
+        assert all(len(samples) == 3 and min(samples) > 0 for samples in row["seconds"].values())
+    assert one["bit_macs"] == 5 * 5 * 12 * 9 * 2 and one["steps_us"] >= one["conv_us"] > 0
+
+
+def test_refuses_to_time_what_computes_something_else(packed: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(model: object, example: object) -> object:
+        return type("Wrong", (), {"save": lambda self, path: None, "__call__": lambda self, x, threads=1: -model(x)})()
+
+    monkeypatch.setattr(packed, "pack", wrong)
+    with pytest.raises(RuntimeError, match=r"4->4 5x5 k1: the packed layer differs"):
+        packed.time_layer(packed.Layer(4, 4, 5, 1, 1, 1), [packed.Setting(1, 1)], packed.Effort(1, 1.0, "no"))
+
+
+@pytest.mark.slow
+def test_times_a_network_here_and_for_another_target(
+    packed: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    space = Bats.small()
+    network = packed.Network("small BATS", lambda: space.build(space.paper_genes()), (1, 16, 16))
+    monkeypatch.setattr(packed, "all_networks", lambda experts: (network,))
+    monkeypatch.setattr(packed, "SETTINGS", (packed.Setting(1, 1),))
+    path = tmp_path / "found.json"
+    assert packed.main(["--quick", "--networks", "--target", "x86-64", "--json", str(path)]) == 0
+    text = capsys.readouterr().out
+    assert "small BATS" in text and "packed@x86-64" in text and "every step is what the network computes" in text
+    (row,) = json.loads(path.read_text())["networks"]
+    assert {"graph ORT", "twin torch cl", "int8-twin ORT QDQ", "packed@x86-64"} <= set(row["ratios"])
+    assert row["artefact_bytes"] < row["checkpoint_bytes"] and row["profile"]["arena_bytes"] > 0
