@@ -18,6 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import lru_cache, partial
 from itertools import pairwise
+from math import prod
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -74,10 +75,8 @@ def _telling() -> Iterator[None]:
 @lru_cache(maxsize=1)
 def _execute() -> Callable[..., None]:
     """The executor, compiled, or loaded from Numba's cache."""
-    execute: Callable[..., None] = executor.compile_executor(_fingerprint())
-    empty = np.zeros((0, fields.COLUMNS), np.int64)
     with _one_compiles(), _telling():
-        execute(empty, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0)
+        execute: Callable[..., None] = executor.compile_executor(_fingerprint())
     return execute
 
 
@@ -129,10 +128,17 @@ def peaks() -> Peaks:
     return Peaks(best("popcount"), best("lookup") if intrinsics.ISA.lookup != "none" else None)
 
 
-def _aligned(size: int) -> tuple[NDArray[np.uint8], int]:
-    """Memory, all zero, and its first aligned address."""
-    memory = np.zeros(size + _ALIGNMENT, np.uint8)
-    return memory, -(-memory.ctypes.data // _ALIGNMENT) * _ALIGNMENT
+class _Memory(NamedTuple):
+    """Bytes, and the first aligned address among them."""
+
+    array: NDArray[np.uint8]
+    start: int
+
+
+def _aligned(size: int) -> _Memory:
+    """So many bytes from an aligned address on, all zero."""
+    array = np.zeros(size + _ALIGNMENT, np.uint8)
+    return _Memory(array, -(-array.ctypes.data // _ALIGNMENT) * _ALIGNMENT)
 
 
 class _Arenas:
@@ -140,24 +146,32 @@ class _Arenas:
 
     def __init__(self, size: int) -> None:
         self._size = size
-        self._free: list[tuple[NDArray[np.uint8], int]] = []
+        self._free: list[_Memory] = []
         self._pid = os.getpid()
 
-    @contextmanager
-    def one(self) -> Iterator[int]:
-        """The address of an arena that nobody else uses meanwhile."""
+    def take(self) -> _Memory:
+        """An arena that nobody else uses until it is given back."""
         if self._pid != os.getpid():
             # After a fork: other threads may have been at work on those.
             self._free, self._pid = [], os.getpid()
         try:
             # Atomic, as append is.
-            arena = self._free.pop()
+            return self._free.pop()
         except IndexError:
-            arena = _aligned(self._size)
-        try:
-            yield arena[1]
-        finally:
-            self._free.append(arena)
+            return _aligned(self._size)
+
+    def give_back(self, arena: _Memory) -> None:
+        """Keep it for the next call."""
+        self._free.append(arena)
+
+
+_NOTHING = np.zeros(0, np.float32)
+
+
+@lru_cache(maxsize=8)
+def _pool(process: int, threads: int) -> ThreadPoolExecutor:
+    """Threads that stay. After a fork a process has another number, and gets its own."""
+    return ThreadPoolExecutor(threads, thread_name_prefix="nasplat-packed")
 
 
 class Compiled:
@@ -173,12 +187,15 @@ class Compiled:
     def __init__(self, program: Program) -> None:
         self.plan: Plan = make_plan(program, intrinsics.ISA)
         self._execute = _execute()
-        self._consts, self._consts_at = _aligned(len(self.plan.consts))
-        offset = self._consts_at - self._consts.ctypes.data
-        self._consts[offset : offset + len(self.plan.consts)] = self.plan.consts
+        self._consts = _aligned(len(self.plan.consts))
+        offset = self._consts.start - self._consts.array.ctypes.data
+        self._consts.array[offset : offset + len(self.plan.consts)] = self.plan.consts
         self._arenas = _Arenas(self.plan.arena_bytes)
         self._input = self.plan.values[INPUT]
         self._output = self.plan.values[program.output]
+        # Bytes of an example, and where they lie.
+        self._in = 4 * prod(self._input.shape), self._input.at
+        self._out = 4 * prod(self._output.shape), self._output.at
         shapes = check_program(program)
         self._choices = {one.name: shapes[one.x][0] for one in program.operations if isinstance(one, Argmax)}
 
@@ -189,21 +206,29 @@ class Compiled:
 
     def run(self, x: NDArray[np.float32], threads: int = 1) -> NDArray[np.float32]:
         """See :class:`nasplat.packed.engine.Engine`."""
-        x = np.ascontiguousarray(x, np.float32)
+        if x.dtype != np.float32 or not (x.flags.c_contiguous and x.flags.writeable):
+            # The compiled code takes no other arrays, though it leaves this one as it is.
+            x = np.require(x, np.float32, ("C", "W"))
         y = np.empty((len(x), *self._output.shape), np.float32)
         threads = min(threads, len(x))
         if threads <= 1:
             self._run(x, y)
         else:
             bounds = [len(x) * part // threads for part in range(threads + 1)]
-            with ThreadPoolExecutor(threads) as pool:
-                parts = [slice(begin, end) for begin, end in pairwise(bounds)]
-                list(pool.map(lambda part: self._run(x[part], y[part]), parts))
+            parts = [slice(begin, end) for begin, end in pairwise(bounds)]
+            # The first part is this thread's own.
+            others = [_pool(os.getpid(), threads - 1).submit(self._run, x[part], y[part]) for part in parts[1:]]
+            self._run(x[parts[0]], y[parts[0]])
+            for other in others:
+                other.result()
         return y
 
     def _run(self, x: NDArray[np.float32], y: NDArray[np.float32]) -> None:
-        with self._arenas.one() as arena:
-            self._call(arena, 0, len(self.plan.table), 1, x, y)
+        arena = self._arenas.take()
+        try:
+            self._call(arena.start, 0, len(self.plan.table), 1, x, y)
+        finally:
+            self._arenas.give_back(arena)
 
     def _call(
         self,
@@ -211,13 +236,12 @@ class Compiled:
         first: int,
         last: int,
         turns: int,
-        x: NDArray[np.float32] | None = None,
-        y: NDArray[np.float32] | None = None,
+        x: NDArray[np.float32] = _NOTHING,
+        y: NDArray[np.float32] = _NOTHING,
     ) -> None:
-        given = (0, 0, 0) if x is None else (x.ctypes.data, x[:1].nbytes, self._input.at)
-        taken = (0, 0, 0) if y is None else (y.ctypes.data, y[:1].nbytes, self._output.at)
-        examples = 1 if x is None else len(x)
-        self._execute(self.plan.table, first, last, turns, self._consts_at, arena, examples, *given, *taken)
+        examples = len(x) if x.size else 1
+        given, taken = (x.reshape(-1), *self._in), (y.reshape(-1), *self._out)
+        self._execute(self.plan.table, first, last, turns, self._consts.start, arena, examples, *given, *taken)
 
     def rows(self, x: NDArray[np.float32]) -> Iterator[tuple[Step, Callable[[int], None]]]:
         """Each step of one example with a call that runs it so many times over, for timing.
@@ -225,24 +249,24 @@ class Compiled:
         Args:
             x: ``(1, channels, height, width)``.
         """
-        with self._arenas.one() as arena:
-            self._call(arena, 0, 0, 1, x)
-            for index, step in enumerate(self.steps):
-                # Its inputs are there now, and running it changes none of them.
-                yield step, partial(self._call, arena, index, index + 1)
-                self._call(arena, index, index + 1, 1)
+        memory = _aligned(self.plan.arena_bytes)
+        self._call(memory.start, 0, 0, 1, x)
+        for index, step in enumerate(self.steps):
+            # Its inputs are there now, and running it changes none of them.
+            yield step, partial(self._call, memory.start, index, index + 1)
+            self._call(memory.start, index, index + 1, 1)
 
     def trace(self, values: Mapping[str, NDArray[Any]]) -> Iterator[tuple[Step, NDArray[Any] | None]]:
         """See :class:`nasplat.packed.engine.Engine`."""
-        memory, arena = _aligned(self.plan.arena_bytes)
-        start = arena - memory.ctypes.data
+        memory = _aligned(self.plan.arena_bytes)
+        start = memory.start - memory.array.ctypes.data
 
         def view(name: str) -> NDArray[Any]:
             place = self.plan.values[name]
             kind, shape = (np.int32, ()) if place.shape == PICK else (np.float32, place.shape)
             count = int(np.prod(shape, dtype=np.int64))
             begin = start + place.at
-            return memory[begin : begin + 4 * count].view(kind).reshape(shape)
+            return memory.array[begin : begin + 4 * count].view(kind).reshape(shape)
 
         for index, step in enumerate(self.steps):
             for name in step.inputs:
@@ -252,5 +276,5 @@ class Compiled:
                             f"the pick {name!r} is {int(values[name])}; legal: from 0 to {self._choices[name] - 1}"
                         )
                     view(name)[...] = values[name]
-            self._call(arena, index, index + 1, 1)
+            self._call(memory.start, index, index + 1, 1)
             yield step, None if step.output is None else view(step.output).copy()

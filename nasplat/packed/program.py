@@ -66,18 +66,18 @@ class PackedProgram:
         Raises:
             InvalidInputError: ``x`` has another type, shape or device, or threads is less than 1.
         """
-        if not isinstance(x, Tensor) or x.dtype != torch.float32 or x.device.type != "cpu":
+        if not isinstance(x, Tensor) or x.dtype != torch.float32 or not x.is_cpu:
             got = f"{x.dtype} on {x.device}" if isinstance(x, Tensor) else type(x).__name__
             raise InvalidInputError(f"a packed program takes a float32 tensor on the CPU; got {got}")
-        if x.ndim != 4 or tuple(x.shape[1:]) != self.input_shape:
+        if x.ndim != 4 or x.shape[1:] != self.input_shape:
             raise InvalidInputError(
                 f"this program was packed for images {self.input_shape}; got a tensor of shape {tuple(x.shape)}; "
                 f"legal: (n, {', '.join(map(str, self.input_shape))}). For another size, pack the network again"
             )
         if threads < 1:
             raise InvalidInputError(f"threads is {threads}; legal: from 1 up")
-        y = torch.from_numpy(self.engine.run(x.detach().contiguous().numpy(), threads))
-        return y.flatten(1) if self.program.flat else y
+        y = self.engine.run(x.detach().numpy(), threads)
+        return torch.from_numpy(y.reshape(y.shape[:2]) if self.program.flat else y)
 
     def save(self, path: str | Path) -> None:
         """Write it as one file: safetensors with the operations as JSON in the header.

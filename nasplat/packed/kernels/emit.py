@@ -690,7 +690,9 @@ def peak(b: Builder, isa: Isa, kind: Kind, turns: Value) -> Value:
             # One of its own for each, or they would be computed once for all.
             other = fill(vector.element, vector.count, 7 * way + 1)
             if kind == "lookup":
-                step = _look_up(b, isa, moving, other)
+                # The codes move: constant ones would make another shuffle of it.
+                table = ir.Constant(vector, [vector.element(7 * way + byte % 16) for byte in range(vector.count)])
+                step = _look_up(b, isa, table, moving)
             else:
                 name = f"llvm.ctpop.v{vector.count}i{32 if words else 8}"
                 step = call(b, name, vector, b.xor(moving, other))

@@ -406,19 +406,25 @@ def compile_executor(fingerprint: str) -> Any:
             cached version is still good, and at the variables that a function closes over.
     """
 
-    @njit(nogil=True, cache=True, error_model="numpy")
+    @njit(
+        "void(int64[:, ::1], int64, int64, int64, int64, int64, int64, "
+        "float32[::1], int64, int64, float32[::1], int64, int64)",
+        nogil=True,
+        cache=True,
+        error_model="numpy",
+    )
     def execute(table, first, last, turns, consts, arena, examples, x, x_bytes, x_at, y, y_bytes, y_at):
-        """Rows ``first`` to ``last`` of the table, ``turns`` times over for each example."""
+        """Rows ``first`` to ``last`` of the table, ``turns`` times over for each example; without ``y`` no result."""
         if len(fingerprint) == 0:
             return
         for example in range(examples):
-            if x != 0:
-                k.copy_bytes(arena + x_at, x + example * x_bytes, x_bytes)
+            if x.size > 0:
+                k.copy_bytes(arena + x_at, x.ctypes.data + example * x_bytes, x_bytes)
             for _ in range(turns):
                 for row in range(first, last):
                     _operation(table[row], consts, arena)
-            if y != 0:
-                k.copy_bytes(y + example * y_bytes, arena + y_at, y_bytes)
+            if y.size > 0:
+                k.copy_bytes(y.ctypes.data + example * y_bytes, arena + y_at, y_bytes)
 
     return execute
 
@@ -426,7 +432,7 @@ def compile_executor(fingerprint: str) -> Any:
 def compile_peak(fingerprint: str) -> Any:
     """The compiled loop that stays in registers; ``fingerprint`` as in :func:`compile_executor`."""
 
-    @njit(nogil=True, cache=True)
+    @njit("int64(boolean, int64)", nogil=True, cache=True)
     def peak(lookup, turns):
         """:func:`nasplat.packed.kernels.emit.peak` of one of two kinds."""
         if len(fingerprint) == 0:
