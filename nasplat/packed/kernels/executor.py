@@ -26,7 +26,7 @@ _V1, _V2, _V3, _V4 = (k.tile_vectors(k.ISA, "lookup", q) for q in (1, 2, 3, 4))
 _P1, _P2, _P3, _P4 = (k.tile_vectors(k.ISA, "popcount", q) for q in (1, 2, 3, 4))
 _R1, _R2, _R3, _R4 = (k.tile_vectors(k.ISA, "real", q) for q in (1, 2, 3, 4))
 
-_inner: dict[str, Any] = {"nogil": True, "error_model": "numpy"}
+_inner: dict[str, Any] = {"nogil": True, "error_model": "numpy", "no_cpython_wrapper": True, "no_cfunc_wrapper": True}
 
 
 @njit(**_inner)
@@ -379,25 +379,6 @@ def _argmax(d, arena):
     k.store_int(arena + d[f.OUT_AT], best)
 
 
-@njit(**_inner)
-def _operation(d, consts, arena):
-    op = d[f.OP]
-    if op == _PACK:
-        _pack(d, consts, arena)
-    elif op == _CONV:
-        _conv(d, consts, arena)
-    elif op == _POOL:
-        _pool(d, consts, arena)
-    elif op == _MAP:
-        _map(d, consts, arena)
-    elif op == _LINEAR:
-        _linear(d, consts, arena)
-    elif op == _MEAN:
-        _mean(d, arena)
-    elif op == _ARGMAX:
-        _argmax(d, arena)
-
-
 def compile_executor(fingerprint: str) -> Any:
     """The compiled executor.
 
@@ -422,7 +403,22 @@ def compile_executor(fingerprint: str) -> Any:
                 k.copy_bytes(arena + x_at, x.ctypes.data + example * x_bytes, x_bytes)
             for _ in range(turns):
                 for row in range(first, last):
-                    _operation(table[row], consts, arena)
+                    d = table[row]
+                    op = d[f.OP]
+                    if op == _PACK:
+                        _pack(d, consts, arena)
+                    elif op == _CONV:
+                        _conv(d, consts, arena)
+                    elif op == _POOL:
+                        _pool(d, consts, arena)
+                    elif op == _MAP:
+                        _map(d, consts, arena)
+                    elif op == _LINEAR:
+                        _linear(d, consts, arena)
+                    elif op == _MEAN:
+                        _mean(d, arena)
+                    elif op == _ARGMAX:
+                        _argmax(d, arena)
             if y.size > 0:
                 k.copy_bytes(y.ctypes.data + example * y_bytes, arena + y_at, y_bytes)
 
