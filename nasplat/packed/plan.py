@@ -231,8 +231,8 @@ class _Buffers:
         self._buffers[name] = _Buffer(max(size, had.size), min(row, had.first), max(row, had.last))
 
     def place(self) -> tuple[dict[str, int], int]:
-        """Offset of each, the largest first and each as low as it fits, and the size of the whole."""
-        ordered = sorted(self._buffers.items(), key=lambda item: (-item[1].size, item[0]))
+        """Offset of each, the largest and then the first first, each as low as it fits, and the size of the whole."""
+        ordered = sorted(self._buffers.items(), key=lambda item: (-item[1].size, item[1].first, item[0]))
         sizes, firsts, lasts = np.array([buffer for _, buffer in ordered], np.int64).reshape(-1, 3).T
         starts = np.zeros_like(sizes)
         end = 0

@@ -25,8 +25,8 @@ I1, I8, I16, I32, I64, F32 = (*(ir.IntType(bits) for bits in (1, 8, 16, 32, 64))
 Kind = Literal["lookup", "popcount", "real"]
 """How a convolution multiplies: tables of signed sums, XOR and population count, or floats."""
 
-NO_CODES = -0x7F7F7F7F7F7F7F80
-"""Eight codes of a lookup for pixels outside the input: their highest bit is set, so they look nothing up."""
+PADDING: dict[Kind, int] = {"lookup": 0x80, "popcount": 0, "real": 0}
+"""What each byte of a code is outside the input. Of a lookup, the highest bit is set, so it looks nothing up."""
 
 CODE_BYTES: dict[Kind, int] = {"lookup": 1, "popcount": 4, "real": 4}
 """Bytes of one pixel in one plane of the packed input."""
@@ -461,7 +461,8 @@ def pack_rows(
     size = CODE_BYTES[kind]
     vectors = b.udiv(b.add(count, const(lanes - 1)), const(lanes))
     words = ir.VectorType(I32, lanes)
-    gap_words = b.udiv(b.add(b.mul(gap, const(size)), const(7)), const(8))
+    gap_vectors = b.udiv(b.add(b.mul(gap, const(size)), const(isa.width - 1)), const(isa.width))
+    padding = fill(I8, isa.width, PADDING[kind])
     pitch = b.mul(b.add(count, gap), const(size))
 
     def every(vector: Callable[[Value], Value]) -> None:
@@ -478,11 +479,12 @@ def pack_rows(
             loop(b, vectors, [], body)
             behind = at(b, to, count, size)
 
+            # Whole vectors: what lies behind a row is written after it.
             def fill_gap(turn: Value, _: list[Value]) -> list[Value]:
-                store(b, const(NO_CODES if kind == "lookup" else 0), at(b, behind, turn, 8))
+                store(b, padding, at(b, behind, turn, isa.width))
                 return []
 
-            loop(b, gap_words, [], fill_gap)
+            loop(b, gap_vectors, [], fill_gap)
             return []
 
         loop(b, rows, [], row)
@@ -519,6 +521,17 @@ def pack_rows(
 
 
 # The other operations.
+
+
+def fill_floats(b: Builder, isa: Isa, *, address: Value, value: Value, count: Value) -> None:
+    """At least ``count`` times one float, in whole vectors."""
+    values = splat(b, value, isa.lanes)
+
+    def body(turn: Value, _: list[Value]) -> list[Value]:
+        store(b, values, at(b, address, turn, isa.width))
+        return []
+
+    loop(b, b.udiv(b.add(count, const(isa.lanes - 1)), const(isa.lanes)), [], body)
 
 
 def map_rows(b: Builder, isa: Isa, to: Rows, *, x: Value, scale: Value, shift: Value, slope: Value) -> None:

@@ -21,6 +21,7 @@ _PACK, _CONV, _POOL, _MAP, _LINEAR, _MEAN, _ARGMAX = (int(code) for code in f.Op
 _WIDTH = k.ISA.width
 _LANES = k.ISA.lanes
 _LOOKUP, _POPCOUNT = 0, 1
+_PADDING = emit.PADDING["lookup"]
 
 _V1, _V2, _V3, _V4 = (k.tile_vectors(k.ISA, "lookup", q) for q in (1, 2, 3, 4))
 _P1, _P2, _P3, _P4 = (k.tile_vectors(k.ISA, "popcount", q) for q in (1, 2, 3, 4))
@@ -31,10 +32,11 @@ _inner: dict[str, Any] = {"nogil": True, "error_model": "numpy", "no_cpython_wra
 
 @njit(**_inner)
 def _fill_padding(address, count, kind):
-    """At least ``count`` codes of padding, in steps of eight bytes: what lies behind is written later."""
-    size = 1 if kind == _LOOKUP else 4
-    for i in range(0, count * size, 8):
-        k.store_word(address + i, emit.NO_CODES if kind == _LOOKUP else 0)
+    """So many codes of padding."""
+    if kind == _LOOKUP:
+        k.fill_bytes(address, _PADDING, count)
+    else:
+        k.fill_bytes(address, 0, 4 * count)
 
 
 @njit(**_inner)
@@ -293,8 +295,7 @@ def _pool(d, consts, arena):
     rows, columns = consts + d[f.ROWS_AT], consts + d[f.COLUMNS_AT]
     # All of a padded plane but what is copied into it stays as it is from channel to channel.
     nothing = np.float32(-np.inf) if maximum else np.float32(0)
-    for i in range(d[f.PADDED_HEIGHT] * pitch):
-        k.store_float(padded + 4 * i, nothing)
+    k.fill_floats(padded, nothing, d[f.PADDED_HEIGHT] * pitch)
     for channel in range(d[f.CHANNELS]):
         x = arena + d[f.X_AT] + channel * height * width * 4
         for r in range(min(height, d[f.PADDED_HEIGHT] - top)):

@@ -212,7 +212,7 @@ def _storer(kind: Any, given: Any) -> Any:
 
         def code(context: Any, builder: Any, signature: Any, values: Any) -> Any:
             address, value = values
-            emit.store(builder, value if kind in (emit.F32, emit.I64) else builder.trunc(value, kind), address)
+            emit.store(builder, value if kind is emit.F32 else builder.trunc(value, kind), address)
             return context.get_dummy_value()
 
         return types.void(_i, given), code
@@ -235,6 +235,18 @@ def fill_bytes(context: Any, a: Any, b: Any, c: Any) -> Any:
 
 
 @intrinsic
+def fill_floats(context: Any, a: Any, b: Any, c: Any) -> Any:
+    """Address, value, count."""
+
+    def code(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+        address, value, count = values
+        emit.fill_floats(builder, ISA, address=address, value=value, count=count)
+        return context.get_dummy_value()
+
+    return types.void(_i, _f, _i), code
+
+
+@intrinsic
 def copy_bytes(context: Any, a: Any, b: Any, c: Any) -> Any:
     """to, from, count: as memcpy."""
 
@@ -250,7 +262,7 @@ def copy_bytes(context: Any, a: Any, b: Any, c: Any) -> Any:
 
 load_int, load_float = _loader(emit.I32, _i), _loader(emit.F32, _f)
 store_int, store_float = _storer(emit.I32, _i), _storer(emit.F32, _f)
-store_byte, store_word = _storer(emit.I8, _i), _storer(emit.I64, _i)
+store_byte = _storer(emit.I8, _i)
 
 lookup_tile1, lookup_tile2, lookup_tile3, lookup_tile4 = (
     _tile("lookup", q, tile_vectors(ISA, "lookup", q)) for q in (1, 2, 3, 4)
