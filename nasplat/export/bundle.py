@@ -236,7 +236,7 @@ def _default_targets(model: nn.Module, example: Tensor) -> tuple[Target, ...]:
         return usual
     try:
         pack(model, example)
-    except UnsupportedError as error:
+    except (InvalidInputError, UnsupportedError) as error:
         warnings.warn(f"no {Packed().file} is written for this binary network: {error}", NasplatWarning, stacklevel=3)
         return usual
     return (*usual, Packed())

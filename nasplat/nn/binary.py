@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from nasplat.errors import InvalidInputError
 from nasplat.nn.prelu import PReLU
 
 
@@ -136,7 +137,15 @@ def set_binarisation(
         weights: The new ``binary_weights``; None leaves it.
         activations: The new ``binary_activations``; ``"tanh"``: not binary, with the hyperbolic tangent in place of
             the sign; None leaves it.
+
+    Raises:
+        InvalidInputError: A value is none of these.
     """
+    if weights not in (None, True, False) or activations not in (None, True, False, "tanh"):
+        raise InvalidInputError(
+            f"weights is {weights!r}, activations is {activations!r}; legal: True, False or None, for activations also "
+            "'tanh'"
+        )
     for layer in model.modules():
         if isinstance(layer, BinaryConv2d):
             if weights is not None:

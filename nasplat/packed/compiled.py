@@ -6,126 +6,25 @@ interpreter's lock; there is no OpenMP, so a process may fork at any time.
 
 from __future__ import annotations
 
-import fcntl
-import hashlib
 import os
-import sys
-import tempfile
-import threading
-import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from functools import lru_cache, partial
 from itertools import pairwise
 from math import prod
-from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from nasplat.errors import InvalidInputError
+from nasplat.packed.compiling import execute
 from nasplat.packed.engine import Step
 from nasplat.packed.graph import INPUT, PICK, Argmax, Program, check_program
-from nasplat.packed.kernels import emit, executor, fields, intrinsics, isa
+from nasplat.packed.kernels import fields, intrinsics
 from nasplat.packed.plan import Plan, make_plan
 
 _ALIGNMENT = 64
-
-_PATIENCE = 1.0
-"""Seconds of compiling after which the user is told: loading from the cache takes less."""
-
-
-def _fingerprint() -> str:
-    """Of all code that the executor is compiled from."""
-    digest = hashlib.sha256()
-    for module in (emit, executor, fields, intrinsics, isa):
-        assert module.__file__ is not None
-        digest.update(Path(module.__file__).read_bytes())
-    return digest.hexdigest()
-
-
-@contextmanager
-def _telling() -> Iterator[None]:
-    """Tell the user that something compiles, if it takes long."""
-    start = time.monotonic()
-    told = threading.Event()
-
-    def tell() -> None:
-        told.set()
-        print(
-            f"nasplat: compiling the packed kernels for {intrinsics.target_name()} "
-            "(once per machine, about half a minute)",
-            file=sys.stderr,
-            flush=True,
-        )
-
-    timer = threading.Timer(_PATIENCE, tell)
-    timer.daemon = True
-    timer.start()
-    try:
-        yield
-    finally:
-        timer.cancel()
-    if told.is_set():
-        print(f"nasplat: compiled in {time.monotonic() - start:.0f} s", file=sys.stderr, flush=True)
-
-
-@lru_cache(maxsize=1)
-def _execute() -> Callable[..., None]:
-    """The executor, compiled, or loaded from Numba's cache."""
-    with _one_compiles(), _telling():
-        execute: Callable[..., None] = executor.compile_executor(_fingerprint())
-    return execute
-
-
-@contextmanager
-def _one_compiles() -> Iterator[None]:
-    """Let one process of this user and machine compile, and the others wait and then find its work in the cache."""
-    path = Path(tempfile.gettempdir()) / f"nasplat-packed-{os.getuid()}.lock"
-    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(handle)
-
-
-def compile_kernels() -> str:
-    """See :func:`nasplat.packed.warm_up`. Numba keeps compiled code beside the package or in ``NUMBA_CACHE_DIR``."""
-    _execute()
-    return intrinsics.ISA.name
-
-
-class Peaks(NamedTuple):
-    """The most that one core does with operands in registers, in bit-MACs per second.
-
-    Attributes:
-        popcount: XOR, population count, addition.
-        lookup: Table lookup, addition; None where there is no such instruction.
-    """
-
-    popcount: float
-    lookup: float | None
-
-
-@lru_cache(maxsize=1)
-def peaks() -> Peaks:
-    """Measured now, the best of several goes of some milliseconds each."""
-    compiled = executor.compile_peak(_fingerprint())
-
-    def best(kind: Literal["popcount", "lookup"]) -> float:
-        turns, macs = 200_000, emit.peak_macs(intrinsics.ISA, kind)
-        compiled(kind == "lookup", 1)
-        times = []
-        for _ in range(15):
-            start = time.perf_counter()
-            compiled(kind == "lookup", turns)
-            times.append(time.perf_counter() - start)
-        return macs * turns / min(times)
-
-    return Peaks(best("popcount"), best("lookup") if intrinsics.ISA.lookup != "none" else None)
 
 
 class _Memory(NamedTuple):
@@ -168,10 +67,14 @@ class _Arenas:
 _NOTHING = np.zeros(0, np.float32)
 
 
-@lru_cache(maxsize=8)
-def _pool(process: int, threads: int) -> ThreadPoolExecutor:
-    """Threads that stay. After a fork a process has another number, and gets its own."""
-    return ThreadPoolExecutor(threads, thread_name_prefix="nasplat-packed")
+_AT_ONCE = 16
+"""Examples of one call of compiled code: Ctrl-C is heard between calls."""
+
+
+@lru_cache(maxsize=1)
+def _pool(process: int) -> ThreadPoolExecutor:
+    """Threads that stay, at most one a processor. After a fork a process has another number, and gets its own."""
+    return ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="nasplat-packed")
 
 
 class Compiled:
@@ -186,7 +89,7 @@ class Compiled:
 
     def __init__(self, program: Program) -> None:
         self.plan: Plan = make_plan(program, intrinsics.ISA)
-        self._execute = _execute()
+        self._execute = execute()
         self._consts = _aligned(len(self.plan.consts))
         offset = self._consts.start - self._consts.array.ctypes.data
         self._consts.array[offset : offset + len(self.plan.consts)] = self.plan.consts
@@ -209,6 +112,10 @@ class Compiled:
         if x.dtype != np.float32 or not (x.flags.c_contiguous and x.flags.writeable):
             # The compiled code takes no other arrays, though it leaves this one as it is.
             x = np.require(x, np.float32, ("C", "W"))
+        if x.shape[1:] != self._input.shape:
+            raise InvalidInputError(
+                f"the input has shape {x.shape}; legal: (n, {', '.join(map(str, self._input.shape))})"
+            )
         y = np.empty((len(x), *self._output.shape), np.float32)
         threads = min(threads, len(x))
         if threads <= 1:
@@ -217,7 +124,7 @@ class Compiled:
             bounds = [len(x) * part // threads for part in range(threads + 1)]
             parts = [slice(begin, end) for begin, end in pairwise(bounds)]
             # The first part is this thread's own.
-            others = [_pool(os.getpid(), threads - 1).submit(self._run, x[part], y[part]) for part in parts[1:]]
+            others = [_pool(os.getpid()).submit(self._run, x[part], y[part]) for part in parts[1:]]
             self._run(x[parts[0]], y[parts[0]])
             for other in others:
                 other.result()
@@ -226,7 +133,9 @@ class Compiled:
     def _run(self, x: NDArray[np.float32], y: NDArray[np.float32]) -> None:
         arena = self._arenas.take()
         try:
-            self._call(arena.start, 0, len(self.plan.table), 1, x, y)
+            for first in range(0, len(x), _AT_ONCE):
+                part = slice(first, first + _AT_ONCE)
+                self._call(arena.start, 0, len(self.plan.table), 1, x[part], y[part])
         finally:
             self._arenas.give_back(arena)
 
@@ -269,8 +178,10 @@ class Compiled:
             return memory.array[begin : begin + 4 * count].view(kind).reshape(shape)
 
         for index, step in enumerate(self.steps):
-            for name in step.inputs:
-                if name in values:
+            for number, name in enumerate(step.inputs):
+                # A convolution reads what was packed; its input itself may be gone by then.
+                at = self.plan.table[index, fields.X_AT]
+                if name in values and (number > 0 or at == self.plan.values[name].at):
                     if name in self._choices and not 0 <= int(values[name]) < self._choices[name]:
                         raise InvalidInputError(
                             f"the pick {name!r} is {int(values[name])}; legal: from 0 to {self._choices[name] - 1}"

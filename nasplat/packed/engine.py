@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+import os
+import threading
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+
+making = threading.RLock()
+"""Held while an engine is made or its code is compiled.
+
+A fork waits for it: what another thread holds when a process forks, nobody ever releases in the child.
+"""
+
+os.register_at_fork(before=making.acquire, after_in_parent=making.release, after_in_child=making.release)
 
 
 class Step(NamedTuple):

@@ -141,6 +141,8 @@ def from_bytes(data: bytes, *, source: str = "the packed program") -> Program:
     """
     try:
         return _program(data)
+    except FileFormatError as error:
+        raise FileFormatError(f"{source}: {error}") from None
     except InvalidInputError as error:
         raise FileFormatError(f"{source} is not a packed program, or is damaged: {error}") from error
 
@@ -149,12 +151,19 @@ def write(program: Program, path: str | Path) -> None:
     """Write a program to a file, which is there whole or not at all.
 
     Raises:
-        InvalidInputError: The program is not legal, or too long for a file.
+        InvalidInputError: The program is not legal, or too long for a file, or the path is something else than a file.
+        OSError: The folder is missing, or cannot be written to.
     """
-    data, path = to_bytes(program), Path(path)
+    data, path = to_bytes(program), Path(path).resolve()
+    if path.exists() and not path.is_file():
+        raise InvalidInputError(f"{path} is there and is no file; legal: a new file, or one to replace")
     partial = path.with_name(f".{path.name[:100]}.{secrets.token_hex(8)}.partial")
     try:
-        with partial.open("xb") as file:
+        try:
+            file = partial.open("xb")
+        except OSError as error:
+            raise type(error)(error.errno, error.strerror, str(path)) from None
+        with file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
@@ -170,7 +179,8 @@ def read(path: str | Path) -> Program:
         FileNotFoundError: There is no such file.
         FileFormatError: It is not the file of a legal program.
     """
-    with Path(path).open("rb") as file:
+    # Without waiting for the other end, should it be a pipe.
+    with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
         status = os.fstat(file.fileno())
         if not stat.S_ISREG(status.st_mode) or status.st_size > MAX_BYTES:
             raise FileFormatError(f"{path} has {status.st_size} bytes; legal: a regular file of up to {MAX_BYTES}")
@@ -350,7 +360,7 @@ def _program(data: bytes) -> Program:
     output, flat = _value(_whole(tree["output"], "output"), names, "output"), _flag(tree["flat"], "flat")
     check_output(output, flat, shapes)
     check_picks(operations, shapes)
-    check_total(shapes)
+    check_total(operations, shapes)
     return Program(shape, tuple(operations), output, flat)
 
 
@@ -392,7 +402,7 @@ def _parts(data: bytes) -> tuple[str, dict[str, _Stream]]:
     _require(len(data) >= 8, f"it has {len(data)} bytes; legal: a safetensors file")
     length = int.from_bytes(data[:8], "little")
     legal = min(MAX_HEADER, len(data) - 8)
-    _require(length <= legal, f"its header has {length} bytes by its own account; legal: up to {legal}")
+    _require(length <= legal, "it does not begin as a safetensors file does, or it is cut off")
     try:
         header = data[8 : 8 + length].decode()
     except UnicodeDecodeError as error:
@@ -429,7 +439,9 @@ def _parts(data: bytes) -> tuple[str, dict[str, _Stream]]:
 
 def _check_version(version: str) -> None:
     if version.isascii() and version.isdecimal() and len(version) < 10 and int(version) > VERSION:
-        raise InvalidInputError(f"it is of version {version}, made by a newer nasplat; this one reads up to {VERSION}")
+        raise FileFormatError(
+            f"it is of version {version}, made by a newer nasplat; this one reads up to {VERSION}. Update nasplat"
+        )
     _require(version == str(VERSION), f"its version is {_shown(version)}; legal: {str(VERSION)!r}")
 
 

@@ -41,8 +41,14 @@ MAX_ELEMENTS = 1 << 28
 MAX_TOTAL = 1 << 30
 """Most numbers in all values of a program together: 4 GiB of float32 where all are kept."""
 
-MAX_OPERATIONS = 100_000
-"""Most operations of a program."""
+MAX_OPERATIONS = 10_000
+"""Most operations of a program, and most parts of a concatenation."""
+
+MAX_TAPS = 1 << 14
+"""Most taps of a window: 128 by 128."""
+
+MAX_WORK = 1 << 40
+"""Most that a program may do for one example: multiply-accumulates, and pixels that pools look at."""
 
 MAX_REDUCTION = 1 << 24
 """Most bits that an output of a binary convolution sums over; up to there float32 holds every integer."""
@@ -70,7 +76,7 @@ class Window(NamedTuple):
 
     @property
     def taps(self) -> int:
-        """Taps of the kernel."""
+        """Taps of the kernel, at most :data:`MAX_TAPS`."""
         return prod(self.kernel)
 
 
@@ -127,6 +133,10 @@ class Operation:
         """Multiply-accumulates of one example; those of a binary convolution are single bits, padding included."""
         return 0
 
+    def work(self, shapes: tuple[Shape, ...]) -> int:
+        """What one example takes: :meth:`macs`, or pixels looked at; for a bound, not for a measure."""
+        return self.macs(shapes)
+
     def _check(self, holds: bool, what: str) -> None:
         if not holds:
             raise InvalidInputError(f"operation {self.name!r} ({self.KIND}): {what}")
@@ -147,6 +157,7 @@ class Operation:
                 all(low <= value <= MAX_SIDE for value in values),
                 f"{name} is {values if len(values) > 1 else values[0]}; legal: from {low} to {MAX_SIDE}",
             )
+        self._check(window.taps <= MAX_TAPS, f"its kernel has {window.taps} taps; legal: up to {MAX_TAPS}")
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -372,6 +383,10 @@ class Pool(Operation):
             )
         return _checked(self, (shapes[0][0], *self.window.size))
 
+    def work(self, shapes: tuple[Shape, ...]) -> int:
+        """Pixels looked at."""
+        return shapes[0][0] * prod(self.window.size) * self.window.taps
+
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Mean(Operation):
@@ -476,7 +491,7 @@ class Concat(Operation):
 
     def infer(self, shapes: tuple[Shape, ...]) -> Shape:
         """The sum of the channels, and the common height and width."""
-        self._check(bool(shapes), "it has no parts; legal: one or more")
+        self._check(0 < len(shapes) <= MAX_OPERATIONS, f"it has {len(shapes)} parts; legal: 1 to {MAX_OPERATIONS}")
         self._check_real(*shapes)
         sizes = {shape[1:] for shape in shapes}
         self._check(len(sizes) == 1, f"its parts have heights and widths {sorted(sizes)}; legal: equal ones")
@@ -642,7 +657,7 @@ def check_program(program: Program) -> dict[str, Shape]:
         check_arrays(operation, shapes)
     check_output(program.output, program.flat, shapes)
     check_picks(program.operations, shapes)
-    check_total(shapes)
+    check_total(program.operations, shapes)
     return shapes
 
 
@@ -674,12 +689,15 @@ def check_picks(operations: Iterable[Operation], shapes: Mapping[str, Shape]) ->
             )
 
 
-def check_total(shapes: Mapping[str, Shape]) -> None:
-    """Check the size of all values together.
+def check_total(operations: Iterable[Operation], shapes: Mapping[str, Shape]) -> None:
+    """Check the size of all values together, and all that is to be done.
 
     Raises:
-        InvalidInputError: They are too large.
+        InvalidInputError: They are too large, or it is too much.
     """
+    work = sum(operation.work(tuple(shapes[name] for name in operation.inputs)) for operation in operations)
+    if work > MAX_WORK:
+        raise InvalidInputError(f"the program does {work} operations for one example; legal: up to {MAX_WORK}")
     total = sum(map(prod, shapes.values()))
     if total > MAX_TOTAL:
         raise InvalidInputError(f"the values of the program have {total} numbers in all; legal: up to {MAX_TOTAL}")

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from nasplat.errors import InvalidInputError
 from nasplat.packed.geometry import border_classes
-from nasplat.packed.graph import BinaryConv, Conv, Window
+from nasplat.packed.graph import MAX_ELEMENTS, BinaryConv, Conv, Window
 from nasplat.packed.kernels.emit import Kind
 from nasplat.packed.kernels.isa import Isa
 
@@ -95,13 +96,12 @@ def _bits(operation: BinaryConv, in_channels: int) -> NDArray[np.uint8]:
     return flat.reshape(operation.experts, operation.channels, operation.window.taps, per_group)
 
 
-def _words(bits: NDArray[np.uint8], size: int) -> NDArray[np.uint32]:
-    """Bits of ``size`` channels to a number each, ``(experts, channels, taps, planes)``."""
+def _words(bits: NDArray[np.uint8], size: Literal[4, 32]) -> NDArray[Any]:
+    """Bits of ``size`` channels to a number each, ``(experts, channels, taps, planes)``, uint8 or uint32."""
     missing = -bits.shape[-1] % size
-    padded = np.pad(bits, ((0, 0), (0, 0), (0, 0), (0, missing))).astype(np.uint32)
-    parts = padded.reshape(*bits.shape[:-1], -1, size)
-    words: NDArray[np.uint32] = (parts << np.arange(size, dtype=np.uint32)).sum(axis=-1, dtype=np.uint32)
-    return words
+    parts = np.pad(bits, ((0, 0), (0, 0), (0, 0), (0, missing))).reshape(*bits.shape[:-1], -1, size)
+    packed = np.packbits(parts, axis=-1, bitorder="little")
+    return packed[..., 0] if size == 4 else packed.view("<u4")[..., 0].astype(np.uint32)
 
 
 def _steps(words: NDArray[Any]) -> NDArray[Any]:
@@ -115,8 +115,8 @@ def lookup_weights(operation: BinaryConv, in_channels: int, parts: tuple[Block, 
     words = _words(_bits(operation, in_channels), 4)
     held = np.full(words.shape[-1], 4)
     held[-1] = per_group - 4 * (words.shape[-1] - 1)
-    numbers = (held - 1) * 16 + words
-    return _in_blocks(_steps((2 * numbers).astype(np.uint8)), parts)
+    numbers = ((held - 1) * 16).astype(np.uint8) + words
+    return _in_blocks(_steps(2 * numbers), parts)
 
 
 def unit(per_group: int) -> int:
@@ -174,6 +174,11 @@ def popcount_bases(operation: BinaryConv, height: int, width: int, in_channels: 
     down, across = np.array(rows, np.int64), np.array(columns, np.int64)
     if down.all() and across.all():
         return None
+    size = operation.experts * operation.channels * len(rows) * len(column_of)
+    if size > MAX_ELEMENTS:
+        raise InvalidInputError(
+            f"operation {operation.name!r}: its tables for borders take {size} numbers; legal: up to {MAX_ELEMENTS}"
+        )
     ones = _bits(operation, in_channels).sum(axis=-1, dtype=np.int64)
     ones = ones.reshape(operation.experts, operation.channels, *window.kernel)
     outside = ones.sum(axis=(2, 3))[..., None, None] - down @ ones @ across.T

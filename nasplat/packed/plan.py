@@ -42,7 +42,7 @@ from nasplat.packed.kernels import fields as f
 from nasplat.packed.kernels.emit import CODE_BYTES, Kind
 from nasplat.packed.kernels.isa import Isa
 
-MAX_BYTES = 1 << 34
+MAX_BYTES = 1 << 32
 """Most memory that a program may take for one example, in bytes."""
 
 _ALIGNMENT = 64
@@ -96,12 +96,10 @@ class _Node:
     residuals: list[str] = field(default_factory=list)
     shuffle: int = 1
     fused: list[str] = field(default_factory=list)
-    x: str | None = None
 
     @property
     def inputs(self) -> tuple[str, ...]:
-        own = self.operation.inputs if self.x is None else (self.x,)
-        return (*own, *self.residuals)
+        return (*self.operation.inputs, *self.residuals)
 
 
 _Permuting = (BinaryConv, Conv, Affine)
@@ -352,6 +350,9 @@ class _Planner:
         if isinstance(operation, Conv):
             return "real"
         per_group = self.shapes[operation.x][0] // operation.groups
+        if not np.isfinite(operation.scale * layout.unit(per_group)).all():
+            # A lookup's sums are in units, which its scale makes up for.
+            return "popcount"
         return layout.binary_kind(self.isa, per_group, operation.window.taps)
 
     def _key(self, operation: BinaryConv | Conv) -> tuple[Any, ...]:
@@ -528,7 +529,7 @@ class _Planner:
         channels, height, width = self.shapes[operation.x]
         per_group = channels // operation.groups
         if kind == "lookup":
-            # Exact, as the unit is a power of two and a scale so large that this overflows is no scale.
+            # Exact, as the unit is a power of two and no scale is so large that this overflows (see _kind).
             row[f.SCALE_AT] = self.consts.add(operation.scale * np.float32(layout.unit(per_group)))
             row[f.CHUNK] = layout.chunk(per_group)
             row[f.TABLES_AT] = self.consts.add(layout.lookup_tables(per_group))
@@ -589,6 +590,6 @@ def _targets(channels: int, groups: int) -> NDArray[np.int32]:
 def _int32(values: NDArray[Any], operation: Operation) -> NDArray[np.int32]:
     if values.size and max(int(values.max()), -int(values.min())) > np.iinfo(np.int32).max:
         raise InvalidInputError(
-            f"operation {operation.name!r} ({operation.KIND}): its input takes over 2 GiB when packed"
+            f"operation {operation.name!r} ({operation.KIND}): its weights, or its packed input, take over 2 GiB"
         )
     return values.astype(np.int32)

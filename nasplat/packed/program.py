@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 import warnings
 from pathlib import Path
 from typing import Self
@@ -10,10 +9,12 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from nasplat.errors import InvalidInputError, NasplatWarning
+from nasplat.checks import is_whole
+from nasplat.errors import InvalidInputError, NasplatWarning, UnsupportedError
+from nasplat.nn.binary import BinaryConv2d
 from nasplat.packed import file
 from nasplat.packed.capture import capture
-from nasplat.packed.engine import Engine
+from nasplat.packed.engine import Engine, making
 from nasplat.packed.graph import Program, check_program
 
 
@@ -37,7 +38,6 @@ class PackedProgram:
         self.program = program
         self._output_shape = shapes[program.output]
         self._engine: Engine | None = None
-        self._lock = threading.Lock()
 
     @property
     def input_shape(self) -> tuple[int, int, int]:
@@ -48,7 +48,7 @@ class PackedProgram:
     def engine(self) -> Engine:
         """What runs it."""
         if self._engine is None:
-            with self._lock:
+            with making:
                 if self._engine is None:
                     self._engine = _engine(self.program)
         return self._engine
@@ -66,17 +66,17 @@ class PackedProgram:
         Raises:
             InvalidInputError: ``x`` has another type, shape or device, or threads is less than 1.
         """
-        if not isinstance(x, Tensor) or x.dtype != torch.float32 or not x.is_cpu:
-            got = f"{x.dtype} on {x.device}" if isinstance(x, Tensor) else type(x).__name__
-            raise InvalidInputError(f"a packed program takes a float32 tensor on the CPU; got {got}")
+        if not isinstance(x, Tensor) or x.dtype != torch.float32 or not x.is_cpu or x.layout is not torch.strided:
+            got = f"{x.dtype}, {x.layout}, on {x.device}" if isinstance(x, Tensor) else type(x).__name__
+            raise InvalidInputError(f"a packed program takes a dense float32 tensor on the CPU; got {got}")
         if x.ndim != 4 or x.shape[1:] != self.input_shape:
             raise InvalidInputError(
                 f"this program was packed for images {self.input_shape}; got a tensor of shape {tuple(x.shape)}; "
                 f"legal: (n, {', '.join(map(str, self.input_shape))}). For another size, pack the network again"
             )
-        if threads < 1:
-            raise InvalidInputError(f"threads is {threads}; legal: from 1 up")
-        y = self.engine.run(x.detach().numpy(), threads)
+        if not is_whole(threads):
+            raise InvalidInputError(f"threads is {threads!r}; legal: an integer from 1 up")
+        y = self.engine.run(x.detach().resolve_neg().numpy(), threads)
         return torch.from_numpy(y.reshape(y.shape[:2]) if self.program.flat else y)
 
     def save(self, path: str | Path) -> None:
@@ -129,10 +129,18 @@ def pack(model: nn.Module, example: Tensor) -> PackedProgram:
         example: ``(n, channels, height, width)``, float32; for its shape. The program takes images of this shape only.
 
     Raises:
-        UnsupportedError: The network has an operation that the program cannot have; the message names it.
-        InvalidInputError: The example is not as above, or the model is in training mode.
+        UnsupportedError: The network has an operation that the program cannot have, which the message names, or is in
+            training mode.
+        InvalidInputError: The example is not as above.
     """
-    return PackedProgram(capture(model, example))
+    try:
+        return PackedProgram(capture(model, example))
+    except UnsupportedError as error:
+        if any(isinstance(layer, BinaryConv2d) for layer in model.modules()):
+            raise
+        raise UnsupportedError(
+            f"{type(model).__name__} has no binary layer, so there are no bits to pack; {error}"
+        ) from error
 
 
 def warm_up() -> str | None:
@@ -145,10 +153,11 @@ def warm_up() -> str | None:
         The instruction set that the kernels are for, e.g. ``"avx2"``; None without Numba, where nothing is compiled.
     """
     try:
-        from nasplat.packed.compiled import compile_kernels
+        from nasplat.packed.compiling import execute, kernels_for
     except ImportError:
         return None
-    return compile_kernels()
+    execute()
+    return kernels_for()
 
 
 def _engine(program: Program) -> Engine:

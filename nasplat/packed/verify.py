@@ -107,6 +107,10 @@ class Verification:
         """
         return self.run_equal and not self.unchecked and all(step.ok for step in self.steps)
 
+    def __bool__(self) -> bool:
+        """:attr:`ok`."""
+        return self.ok
+
     @property
     def bad(self) -> tuple[StepCheck, ...]:
         """The steps that do not compute what the model does."""

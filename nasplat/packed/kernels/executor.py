@@ -380,19 +380,20 @@ def _argmax(d, arena):
     k.store_int(arena + d[f.OUT_AT], best)
 
 
-def compile_executor(fingerprint: str) -> Any:
+def compile_executor(fingerprint: str, cache: bool) -> Any:
     """The compiled executor.
 
     Args:
         fingerprint: Of all code that is compiled into it. Numba looks at this file alone when it decides whether a
             cached version is still good, and at the variables that a function closes over.
+        cache: Whether to keep what is compiled, and to look for it.
     """
 
     @njit(
         "void(int64[:, ::1], int64, int64, int64, int64, int64, int64, "
         "float32[::1], int64, int64, float32[::1], int64, int64)",
         nogil=True,
-        cache=True,
+        cache=cache,
         error_model="numpy",
     )
     def execute(table, first, last, turns, consts, arena, examples, x, x_bytes, x_at, y, y_bytes, y_at):
@@ -426,10 +427,10 @@ def compile_executor(fingerprint: str) -> Any:
     return execute
 
 
-def compile_peak(fingerprint: str) -> Any:
-    """The compiled loop that stays in registers; ``fingerprint`` as in :func:`compile_executor`."""
+def compile_peak(fingerprint: str, cache: bool) -> Any:
+    """The compiled loop that stays in registers; arguments as in :func:`compile_executor`."""
 
-    @njit("int64(boolean, int64)", nogil=True, cache=True)
+    @njit("int64(boolean, int64)", nogil=True, cache=cache)
     def peak(lookup, turns):
         """:func:`nasplat.packed.kernels.emit.peak` of one of two kinds."""
         if len(fingerprint) == 0:

@@ -5,10 +5,13 @@ The processor is the one that Numba compiles for: this one, or one that ``NUMBA_
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from llvmlite import ir
 from numba import types
+from numba.core import event
 from numba.core.registry import cpu_target
 from numba.extending import intrinsic
 
@@ -38,6 +41,21 @@ def target_name() -> str:
 
 
 ISA = target_isa()
+
+
+@contextmanager
+def when_compiling(call: Callable[[], None]) -> Iterator[None]:
+    """Call something whenever Numba begins to compile a function, which it does not where its cache has it."""
+
+    class Listener(event.Listener):  # type: ignore[misc]
+        def on_start(self, event: Any) -> None:
+            call()
+
+        def on_end(self, event: Any) -> None:
+            pass
+
+    with event.install_listener("numba:compile", Listener()):
+        yield
 
 
 def tile_vectors(isa: Isa, kind: emit.Kind, channels: int) -> int:
