@@ -121,19 +121,18 @@ def _telling() -> Iterator[None]:
 @contextmanager
 def _turn() -> Iterator[None]:
     """Let one process of this user and machine compile, and the others wait and then find its work in the cache."""
-    handle = None
+    path = Path(tempfile.gettempdir()) / f"nasplat-packed-{os.getuid()}.lock"
     try:
-        path = Path(tempfile.gettempdir()) / f"nasplat-packed-{os.getuid()}.lock"
         handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-        _wait_for(handle)
     except OSError:
         # Without a place for the lock, all compile: slower, not wrong.
-        pass
+        yield
+        return
     try:
+        _wait_for(handle)
         yield
     finally:
-        if handle is not None:
-            os.close(handle)
+        os.close(handle)
 
 
 def _wait_for(handle: int) -> None:

@@ -350,8 +350,8 @@ class _Planner:
         if isinstance(operation, Conv):
             return "real"
         per_group = self.shapes[operation.x][0] // operation.groups
-        if not np.isfinite(operation.scale * layout.unit(per_group)).all():
-            # A lookup's sums are in units, which its scale makes up for.
+        if np.abs(operation.scale).max() > np.finfo(np.float32).max / 2:
+            # A lookup's sums are in units of up to 2, which its scale makes up for.
             return "popcount"
         return layout.binary_kind(self.isa, per_group, operation.window.taps)
 

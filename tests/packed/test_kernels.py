@@ -224,7 +224,7 @@ class Fenced:
 
 @pytest.mark.parametrize("isa", LOOKING_UP, ids=lambda isa: isa.name)
 @pytest.mark.parametrize("vectors", [1, 2, 3, 4])
-@pytest.mark.parametrize("channels", [1, 2, 3, 4])
+@pytest.mark.parametrize("channels", [1, *(pytest.param(number, marks=pytest.mark.slow) for number in (2, 3)), 4])
 def test_tile_of_lookups(isa: Isa, vectors: int, channels: int) -> None:
     rng = np.random.default_rng([vectors, channels])
     function, pixels = tile(isa, "lookup", vectors, channels), vectors * isa.width
