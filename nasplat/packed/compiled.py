@@ -46,15 +46,11 @@ class _Arenas:
     def __init__(self, size: int) -> None:
         self._size = size
         self._free: list[_Memory] = []
-        self._pid = os.getpid()
 
     def take(self) -> _Memory:
         """An arena that nobody else uses until it is given back."""
-        if self._pid != os.getpid():
-            # After a fork: other threads may have been at work on those.
-            self._free, self._pid = [], os.getpid()
         try:
-            # Atomic, as append is.
+            # Atomic, as append is. What is in use during a fork is not in the list.
             return self._free.pop()
         except IndexError:
             return _aligned(self._size)
@@ -65,7 +61,6 @@ class _Arenas:
 
 
 _NOTHING = np.zeros(0, np.float32)
-
 
 _AT_ONCE = 16
 """Examples of one call of compiled code: Ctrl-C is heard between calls."""

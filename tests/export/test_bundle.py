@@ -32,6 +32,7 @@ from nasplat.errors import (
     UnsupportedError,
 )
 from nasplat.export import TorchExport, Weights, export, load_bundle
+from nasplat.export.bundle import _default_targets
 from nasplat.export.compare import compare
 from nasplat.nn import ExpertBinaryConv2d, set_binarisation, set_experts
 from nasplat.packed import PackedProgram
@@ -163,6 +164,15 @@ class Unpackable(Bats):
         return nn.Sequential(super().build(architecture), nn.Softplus())
 
 
+def test_what_cannot_be_packed_is_left_out_with_a_warning():
+    x = images(16)
+    _, model = made(Unpackable.small(cells=1), x, 0)
+    with pytest.warns(NasplatWarning, match=r"no model\.packed is written.*Softplus"):
+        targets = _default_targets(model.eval(), x[:2])
+    assert [target.name for target in targets] == ["torch_export", "onnx"]
+
+
+@pytest.mark.slow
 def test_a_binary_network_that_cannot_be_packed_is_exported_with_a_warning(tmp_path):
     x = images(16)
     architecture, model = made(Unpackable.small(cells=1), x, 0)
