@@ -37,7 +37,8 @@ import numpy as np
 from torch import nn
 
 from nasplat import Architecture, History, Study, Task, Trial, maximise, space_from
-from nasplat.cost.latency import processor
+from nasplat.cost.bench import Bench
+from nasplat.cost.machine import processor
 from nasplat.mlflow_tracker import MlflowTracker
 from nasplat.search import Limits, Outcome, Search
 from nasplat.strategy import Proposal, Strategy
@@ -227,7 +228,7 @@ def growth(trials: int, temporary: Path) -> None:
         search = session.search
         search.begin(Limits(trials, max_proposals=10 * trials))
         while (assignment := search.next()) is not None:
-            for event in session.worker.run(assignment):
+            for event in session.worker_at(Bench()).run(assignment):
                 search.finish(assignment.number, event)  # type: ignore[arg-type]
             stamps.append(time.perf_counter())
         search.end()

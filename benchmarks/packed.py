@@ -86,7 +86,7 @@ from benchmarks.packed_timing import (
     steady,
     usable,
 )
-from nasplat.cost.latency import processor
+from nasplat.cost.machine import processor
 from nasplat.nn import BinaryConv2d, set_binarisation
 from nasplat.nn.prelu import PReLU
 from nasplat.packed import PackedProgram, pack, profile, verify

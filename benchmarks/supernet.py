@@ -26,7 +26,7 @@ from steps import measure, show
 from supernet_cells import bridge, cells, paper
 from torch import Tensor, nn
 
-from nasplat.cost.latency import processor
+from nasplat.cost.machine import processor
 from nasplat.nn.meta_kernel import MetaConv2d, MetaInvertedResidual, WeightSharing, plain
 from nasplat.nn.mobile import InvertedResidual
 from nasplat.train import lay_out, place

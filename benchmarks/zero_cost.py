@@ -41,7 +41,7 @@ from torch import Tensor, nn
 
 from nasplat import Study, Task, maximise
 from nasplat.cost import Bench, Count, ZeroCost
-from nasplat.cost.latency import processor
+from nasplat.cost.machine import processor
 from nasplat.cost.zero_cost import SCORES
 from nasplat.errors import NasplatError
 from nasplat.task import cross_entropy

@@ -20,7 +20,7 @@ from nasplat.drawing import Picture
 from nasplat.errors import FolderError, InvalidInputError, JournalError, UnsupportedError
 from nasplat.identity import restore
 from nasplat.objectives import Constraint, Objective
-from nasplat.plugins import restorable
+from nasplat.restorable import restorable
 from nasplat.search import Search
 from nasplat.space import Option, SearchSpace
 from nasplat.strategy import Evaluate, History, Trial

@@ -18,6 +18,7 @@ import torch
 
 from nasplat import journal
 from nasplat.architecture import Architecture
+from nasplat.cost.bench import Bench
 from nasplat.cost.counter import Count
 from nasplat.cost.latency import Latency
 from nasplat.cost.meter import BatchMeter, CostMeter, Meter
@@ -388,24 +389,19 @@ class Study:
             "gpus_per_trial": gpus_per_trial,
         }
         with self._opened(run) as session:
-            search, worker = session.search, session.worker
+            search = session.search
             search.begin(limits)
             session.display.begin(search, max_trials, max_hours)
             state = "failed"
             try:
                 if workers == 0 or not search.has_work():
-                    local.run(search, worker)
+                    local.run(search, session.worker_at(Bench()))
                 else:
                     from nasplat.runners import ray_tune
 
-                    ray_tune.run(
-                        search,
-                        worker,
-                        workers=workers,
-                        cpus=cpus_per_trial,
-                        gpus=gpus_per_trial,
-                        say=session.display.say,
-                    )
+                    size: Any = {"workers": workers, "cpus": cpus_per_trial, "gpus": gpus_per_trial}
+                    with ray_tune.connected(**size, say=session.display.say) as bench:
+                        ray_tune.run(search, session.worker_at(bench), **size)
                 state = "complete"
             except KeyboardInterrupt:
                 state = "interrupted"
@@ -441,10 +437,11 @@ class Study:
             search = session.search
             state = "failed"
             try:
+                worker = session.worker_at(Bench())
                 search.enqueue(architecture)
                 search.begin(Limits(max_trials=10**9))
                 while (assignment := search.next(ask=False)) is not None:
-                    local.run_one(search, session.worker, assignment)
+                    local.run_one(search, worker, assignment)
                 state = "complete"
             except KeyboardInterrupt:
                 state = "interrupted"
@@ -610,16 +607,6 @@ class _Session:
         self._tracker: Backlog | None = None
         self._weights: set[int] = set()
         self.search.replay(held.events)
-        self.worker = Worker(
-            study.space,
-            study.task,
-            study.folder.resolve(),
-            study.meters,
-            study.constraints,
-            study.device,
-            study.threads,
-            study.time_limit_s,
-        )
         if run is not None:
             held.append(
                 {
@@ -635,6 +622,21 @@ class _Session:
                 trial.number for trial in history.trials if trial.full and self._weights_of(trial.number).exists()
             }
             self._start_tracker(held.events[0])
+
+    def worker_at(self, bench: Bench) -> Worker:
+        """What runs the trials, with the bench that they are measured on."""
+        study = self.study
+        return Worker(
+            space=study.space,
+            task=study.task,
+            folder=study.folder.resolve(),
+            meters=study.meters,
+            constraints=study.constraints,
+            device=study.device,
+            threads=study.threads,
+            time_limit_s=study.time_limit_s,
+            bench=bench,
+        )
 
     def _weights_of(self, number: int) -> Path:
         return trial_folder(self.study.folder, number) / "weights.safetensors"

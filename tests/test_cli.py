@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 
 import nasplat
 from nasplat import cli, journal
+from nasplat.cli import values
 from nasplat.errors import InvalidInputError
 from nasplat.task import Task
 from search_spaces import Bats
@@ -107,7 +108,7 @@ def test_strategies_are_listed_with_explorers() -> None:
     ],
 )
 def test_values_follow_the_type(text: str, annotation: Any, value: Any) -> None:
-    parsed = cli._parse(text, annotation, "x")
+    parsed = values.parse(text, annotation, "x")
     assert parsed == value and type(parsed) is type(value)
 
 
@@ -117,7 +118,7 @@ def test_values_follow_the_type(text: str, annotation: Any, value: Any) -> None:
 )
 def test_wrong_values_are_named(text: str, annotation: Any) -> None:
     with pytest.raises(InvalidInputError, match="epochs of digits is"):
-        cli._parse(text, annotation, "epochs of digits")
+        values.parse(text, annotation, "epochs of digits")
 
 
 @pytest.mark.parametrize(
@@ -151,7 +152,7 @@ def test_wrong_values_are_named(text: str, annotation: Any) -> None:
     ],
 )
 def test_plugins_are_made_from_text(group: str, reference: str, given: dict[str, str], made: Any) -> None:
-    assert cli._plugin(f"nasplat.{group}", reference, given) == made
+    assert values.plugin_of(f"nasplat.{group}", reference, given) == made
 
 
 @pytest.mark.parametrize(
@@ -161,11 +162,11 @@ def test_plugins_are_made_from_text(group: str, reference: str, given: dict[str,
 def test_what_only_python_can_make_says_so(name: str, text: str) -> None:
     given = {"explorer": "darts", f"explorer.{name}": text}
     with pytest.raises(InvalidInputError, match=f"{name}.*(made in Python|legal|is needed)"):
-        cli._plugin("nasplat.strategies", "one_shot", given)
+        values.plugin_of("nasplat.strategies", "one_shot", given)
 
 
 def test_tasks_are_made_from_text() -> None:
-    made = cli._task("fashion-mnist", {"epochs": "2", "size": "16", "lr": "0.01", "augment": "flip"})
+    made = values.task_of("fashion-mnist", {"epochs": "2", "size": "16", "lr": "0.01", "augment": "flip"})
     assert made == Task.fashion_mnist(epochs=2, size=16, lr=0.01, augment=("flip",))
 
 

@@ -14,8 +14,8 @@ from nasplat.errors import InvalidInputError, UnsupportedError
 from nasplat.export import load_bundle
 from nasplat.identity import canonical, describe, restore
 from nasplat.joint_space import JointSpace
-from nasplat.plugins import restorable
 from nasplat.ranges import Float, Int
+from nasplat.restorable import restorable
 from nasplat.search import Assignment
 from nasplat.strategy import Evaluate
 from nasplat.testing.drive import trial_rng

@@ -8,6 +8,7 @@ import pytest
 from nasplat import Count, Latency, Task, at_most, maximise, plugins
 from nasplat.errors import UnknownPluginError, UnsupportedError
 from nasplat.identity import canonical, describe, restore
+from nasplat.restorable import restorable
 from search_spaces import Bats
 from strategies import BatsSearch, Darts, OneShot, OptunaSearch, RandomSearch, RegularizedEvolution
 
@@ -53,7 +54,7 @@ def test_two_packages_with_one_name_are_an_error(monkeypatch):
 )  # fmt: skip
 def test_what_a_folder_describes_comes_back_equal(value):
     description = describe(value)
-    back = restore(description, plugins.restorable())
+    back = restore(description, restorable())
     assert back == value and canonical(describe(back)) == canonical(description)
 
 
@@ -69,4 +70,4 @@ def test_what_a_folder_describes_comes_back_equal(value):
 )
 def test_nothing_else_is_made_or_named_by_a_folder(description):
     with pytest.raises(UnsupportedError):
-        restore(description, plugins.restorable())
+        restore(description, restorable())

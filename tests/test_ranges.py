@@ -13,8 +13,8 @@ from torch import nn
 
 from nasplat.errors import ArchitectureError, InvalidInputError
 from nasplat.identity import canonical, describe, restore
-from nasplat.plugins import restorable
 from nasplat.ranges import Float, Int
+from nasplat.restorable import restorable
 from nasplat.space import Group, SearchSpace, space_from
 
 

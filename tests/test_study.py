@@ -457,6 +457,7 @@ def test_an_error_of_the_strategy_reaches_the_user_and_the_folder_goes_on(folder
 def plugin(tmp_path, monkeypatch):
     """An installed package with a space and a strategy, without installing anything."""
     from nasplat import plugins
+    from nasplat.restorable import restorable
 
     site = tmp_path / "site"
     site.mkdir()
@@ -468,7 +469,7 @@ def plugin(tmp_path, monkeypatch):
         "[nasplat.search_spaces]\nacme-mlp = acme_nas:Mlp\n[nasplat.strategies]\nacme-drawn = acme_nas:Drawn\n"
     )
     monkeypatch.syspath_prepend(str(site))
-    caches = (plugins.installed, plugins.restorable)
+    caches = (plugins.installed, restorable)
     for cache in caches:
         cache.cache_clear()
     import acme_nas

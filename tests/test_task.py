@@ -10,7 +10,7 @@ from nasplat.data.sources import DatasetData, LoaderData, Splits, TensorSource
 from nasplat.errors import InvalidInputError, UnsupportedError
 from nasplat.identity import describe, restore
 from nasplat.phases import POLICIES, TWO_STEP, Phase
-from nasplat.plugins import restorable
+from nasplat.restorable import restorable
 from nasplat.task import cross_entropy
 from nasplat.teacher import Teacher
 

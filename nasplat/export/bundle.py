@@ -31,10 +31,11 @@ from nasplat.errors import (
 )
 from nasplat.export.compare import MAX_ERROR, MIN_AGREEMENT, ROUNDING, Comparison, Verdict, compare
 from nasplat.export.onnx import Onnx
-from nasplat.export.packed import Packed, is_binary
+from nasplat.export.packed import Packed
 from nasplat.export.target import Target
 from nasplat.export.torch_export import TorchExport
 from nasplat.export.weights import ARCHITECTURE_FILE, Weights
+from nasplat.nn.binary import is_binary
 from nasplat.packed import pack
 from nasplat.space import SearchSpace
 

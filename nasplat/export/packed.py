@@ -8,7 +8,6 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from nasplat.nn.binary import BinaryConv2d
 from nasplat.packed import PackedProgram, pack
 from nasplat.packed.file import VERSION
 
@@ -67,8 +66,3 @@ class Packed:
     def facts(self) -> Mapping[str, str | int]:
         """The version of the format."""
         return {"format_version": VERSION}
-
-
-def is_binary(model: nn.Module) -> bool:
-    """Whether a model multiplies bits by bits anywhere, so that packing it means something."""
-    return any(isinstance(layer, BinaryConv2d) and layer.is_binary for layer in model.modules())

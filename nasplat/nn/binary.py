@@ -242,3 +242,8 @@ class BinaryFactorisedReduce(nn.Module):
             odd = nn.functional.pad(odd, (0, width, 0, height))
         y: Tensor = self.activation(torch.cat([even, odd], dim=1))
         return y
+
+
+def is_binary(model: nn.Module) -> bool:
+    """Whether a model multiplies bits by bits anywhere, so that packing it means something."""
+    return any(isinstance(layer, BinaryConv2d) and layer.is_binary for layer in model.modules())

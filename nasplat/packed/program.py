@@ -96,6 +96,19 @@ class PackedProgram:
         """
         return cls(file.read(Path(path)))
 
+    def to_bytes(self) -> bytes:
+        """What :meth:`save` writes."""
+        return file.to_bytes(self.program)
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> Self:
+        """The program of a file's content, checked as :meth:`load` does.
+
+        Raises:
+            FileFormatError: It is not the content of such a file.
+        """
+        return cls(file.from_bytes(data))
+
     @property
     def bit_macs(self) -> int:
         """Multiply-accumulates of single bits for one example."""

@@ -22,6 +22,7 @@ import ray
 from ray import tune
 from ray.tune.search import Searcher
 
+from nasplat.cost.bench import Bench
 from nasplat.errors import NasplatError
 from nasplat.search import Assignment, Outcome, Search
 from nasplat.strategy import Report
@@ -31,23 +32,20 @@ EVENT = "nasplat"
 """Key of the report or outcome in Tune's results."""
 
 
-def run(
-    search: Search,
-    worker: Worker,
+@contextlib.contextmanager
+def connected(
     *,
     workers: int,
     cpus: float = 1.0,
     gpus: float = 0.0,
     say: Callable[[str], None] = lambda message: None,
-) -> None:
-    """Work until the search hands out nothing more.
+) -> Iterator[Bench]:
+    """A connection to Ray, and the bench that measures for all its workers.
 
     Uses the Ray that this process is connected to; else the cluster of ``RAY_ADDRESS``; else a local Ray, which is
     shut down at the end.
 
     Args:
-        search: What hands out trials; stays in this process.
-        worker: What runs them; copied to each worker.
         workers: Trials at a time.
         cpus: Processors set aside for a trial; may be a fraction.
         gpus: GPUs, likewise.
@@ -60,8 +58,22 @@ def run(
         say(
             "Starting Ray" if not os.environ.get("RAY_ADDRESS") else f"Connecting to Ray at {os.environ['RAY_ADDRESS']}"
         )
-    with _ray(workers, cpus, gpus), _quiet_tune():
+    with _ray(workers, cpus, gpus):
         _check_resources(workers, cpus, gpus, say)
+        yield Bench()
+
+
+def run(search: Search, worker: Worker, *, workers: int, cpus: float = 1.0, gpus: float = 0.0) -> None:
+    """Work until the search hands out nothing more. Only within :func:`connected`.
+
+    Args:
+        search: What hands out trials; stays in this process.
+        worker: What runs them; copied to each worker.
+        workers: Trials at a time.
+        cpus: Processors set aside for a trial; may be a fraction.
+        gpus: GPUs, likewise.
+    """
+    with _quiet_tune():
         mailbox = ray.remote(num_cpus=0)(Mailbox).remote()
         storage = worker.folder / "ray"
         searcher = _TuneSearcher(search, workers, mailbox)

@@ -10,7 +10,7 @@ from torch import nn
 from nasplat.cost import CostTable, Latency, Measurement, Resource
 from nasplat.errors import InvalidInputError
 from nasplat.identity import describe, restore
-from nasplat.plugins import restorable
+from nasplat.restorable import restorable
 from nasplat.space import FunctionSpace, Group, SearchSpace, space_from
 from search_spaces import Bats
 

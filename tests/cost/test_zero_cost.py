@@ -18,7 +18,7 @@ from nasplat.errors import InvalidInputError, NonFiniteError, UnsupportedError
 from nasplat.identity import canonical, describe
 from nasplat.nn import BinaryConv2d, ExpertBinaryConv2d, set_binarisation
 from nasplat.nn.binary import BinaryBlock
-from nasplat.plugins import restorable
+from nasplat.restorable import restorable
 from nasplat.result import restored
 from nasplat.search import Assignment
 from nasplat.strategy import Evaluate

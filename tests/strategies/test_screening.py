@@ -225,21 +225,21 @@ def test_a_study_measures_the_score_by_itself_and_continues(tmp_path):
 
 
 def test_the_command_line_names_the_score_and_both_strategies():
-    from nasplat import cli
+    from nasplat.cli import values
 
-    legal = {field.name: cli._hints(Screening)[field.name] for field in dataclasses.fields(Screening)}
+    legal = {field.name: values.hints_of(Screening)[field.name] for field in dataclasses.fields(Screening)}
     given = {
         "score": "max:naswot",
         "search": "regularized_evolution",
         "search.population": "7",
         "then": "random_search",
     }
-    made = Screening(**cli._values(given, legal, "screening"))
+    made = Screening(**values.values_of(given, legal, "screening"))
     assert made == Screening(maximise("naswot"), RegularizedEvolution(population=7), then=RandomSearch())
-    made = Screening(**cli._values({**given, "score": "max:naswot,min:ops"}, legal, "screening"))
+    made = Screening(**values.values_of({**given, "score": "max:naswot,min:ops"}, legal, "screening"))
     assert made.score == (maximise("naswot"), minimise("ops"))
     with pytest.raises(InvalidInputError, match="score"):
-        Screening(**cli._values({**given, "score": "naswot"}, legal, "screening"))
+        Screening(**values.values_of({**given, "score": "naswot"}, legal, "screening"))
 
 
 def test_a_study_refuses_a_score_that_nothing_measures(tmp_path):

@@ -1,0 +1,83 @@
+"""The anchor: a small network that never changes, timed beside every candidate to see whether the machine is the same.
+
+What it took on this machine before is kept beside the bench's locks, so that a load which lasts is seen too.
+"""
+
+from __future__ import annotations
+
+import json
+from contextlib import suppress
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from nasplat.nn.binary import BinaryConv2d
+from nasplat.runtimes.runtime import Runtime, Session
+from nasplat.seeding import seeded
+
+KEPT = 200
+"""Measurements whose anchors are remembered, per runtime and number of threads."""
+
+QUICK_SHARE = 0.2
+"""The share of remembered anchors that were as quick as the reference."""
+
+VERSION = 1
+
+
+def anchor_network() -> tuple[nn.Module, Tensor]:
+    """The network, in evaluation mode, and its input. The same on every machine.
+
+    Real and binary convolutions, plain and grouped: what runtimes are good and bad at.
+    """
+    with seeded(0):
+        layers: list[nn.Module] = [nn.Conv2d(3, 32, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(32)]
+        for groups in (1, 8):
+            layers += [BinaryConv2d(32, 32, 3, padding=1, groups=groups), nn.BatchNorm2d(32)]
+        layers += [nn.Conv2d(32, 32, 1, bias=False), nn.BatchNorm2d(32), nn.ReLU()]
+        layers += [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 10)]
+        model = nn.Sequential(*layers).eval()
+        return model.requires_grad_(False), torch.randn(1, 3, 32, 32)
+
+
+@lru_cache(maxsize=32)
+def anchor_session(runtime: Runtime, threads: int) -> Session:
+    """The anchor on a runtime, made once a process."""
+    model, example = anchor_network()
+    return runtime.load(runtime.export(model, example), example, threads)
+
+
+class AnchorRecord:
+    """What the anchor took on this machine before.
+
+    Args:
+        folder: The bench's.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._path = folder / f"anchors-{VERSION}.json"
+
+    def _read(self) -> dict[str, list[float]]:
+        with suppress(OSError, ValueError):
+            held = json.loads(self._path.read_text())
+            if isinstance(held, dict):
+                return held
+        return {}
+
+    def reference_ms(self, key: str) -> float:
+        """What it takes where nothing disturbs, as far as earlier measurements tell; infinite where there are none.
+
+        Args:
+            key: Names runtime, threads and processor.
+        """
+        held = sorted(float(value) for value in self._read().get(key, []))
+        return held[int(QUICK_SHARE * (len(held) - 1))] if held else float("inf")
+
+    def add(self, key: str, value: float) -> None:
+        """Remember the anchor of one measurement, in ms. Only while the bench is held."""
+        held = self._read()
+        held[key] = [*held.get(key, []), value][-KEPT:]
+        temporary = self._path.with_suffix(".tmp")
+        temporary.write_text(json.dumps(held))
+        temporary.replace(self._path)

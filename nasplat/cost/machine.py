@@ -1,0 +1,55 @@
+"""The machine that measures: what it is, and holding it still."""
+
+from __future__ import annotations
+
+import gc
+import os
+import platform
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+
+
+@contextmanager
+def steady(threads: int, processors: Sequence[int]) -> Iterator[None]:
+    """A fixed number of torch threads, these processors (empty: any), and no garbage collection."""
+    before, collecting = torch.get_num_threads(), gc.isenabled()
+    affinity = os.sched_getaffinity(0) if processors else set()
+    torch.set_num_threads(threads)
+    if processors:
+        os.sched_setaffinity(0, processors)
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collecting:
+            gc.enable()
+        if affinity:
+            os.sched_setaffinity(0, affinity)
+        torch.set_num_threads(before)
+
+
+@lru_cache(maxsize=1)
+def processor() -> str:
+    """The processor's name and widest vector instructions, as far as the system tells."""
+    name = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                name = line.partition(":")[2].strip()
+                break
+    return f"{name} ({torch.backends.cpu.get_cpu_capability()})"
+
+
+def governor(processors: Sequence[int]) -> str:
+    """The frequency governor of a processor, where the system tells."""
+    number = processors[0] if processors else 0
+    try:
+        return Path(f"/sys/devices/system/cpu/cpu{number}/cpufreq/scaling_governor").read_text().strip()
+    except OSError:
+        return "unknown"

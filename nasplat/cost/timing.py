@@ -1,0 +1,240 @@
+"""Times a deployed network so that the number can be trusted: a job for the bench.
+
+Warm-up until stable; blocks of runs with an anchor network between them; blocks in which the anchor shows that the
+machine was disturbed are left out and made up for; what stays doubtful is flagged.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import platform
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from hashlib import sha256
+from itertools import pairwise
+from typing import Any
+
+from torch import Tensor
+
+from nasplat.cost.anchor import AnchorRecord, anchor_session
+from nasplat.cost.bench import Bench
+from nasplat.cost.machine import governor, processor, steady
+from nasplat.identity import canonical, describe
+from nasplat.runtimes.runtime import Runtime, Session
+
+BLOCK_SECONDS = 0.003
+"""Length of a block, which is one run of a network that takes longer.
+
+What disturbs comes and goes: on a machine whose physical cores are shared with strangers, every 20 to 100 ms.
+"""
+
+ANCHOR_RUNS = 3
+"""Runs of the anchor between two blocks."""
+
+COLD_SECONDS = 0.001
+"""A run shorter than this is done once without counting at the start of a block: the anchor had the caches."""
+
+WARM_UP_SECONDS = 0.3
+"""Warm-up at most, after the first run."""
+
+STABLE = 0.02
+"""Warm-up is over when the last runs are no quicker than those before by more than this share."""
+
+QUICKEST = 0.1
+"""The share of a measurement's anchors that is taken for undisturbed, as far as the measurement alone can tell."""
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How much is measured, and how long to wait for the machine to be quiet.
+
+    Attributes:
+        blocks: Undisturbed blocks at least.
+        seconds: Time of the undisturbed runs together, at least.
+        patience_s: Seconds after which the search for undisturbed blocks is given up; more for a network of which one
+            run takes long.
+        tolerance: Share by which the anchor may be slower around a block than it is undisturbed.
+    """
+
+    blocks: int = 16
+    seconds: float = 0.05
+    patience_s: float = 2.0
+    tolerance: float = 0.08
+
+
+@dataclass(frozen=True)
+class Timing:
+    """What was measured.
+
+    Attributes:
+        blocks: Milliseconds of each run, undisturbed block by block.
+        disturbed: Those of the blocks that were left out.
+        anchor_ms: The anchor around each block: median before, median after.
+        reference_ms: The anchor undisturbed, as far as is known.
+        suspect: Why the number is not to be trusted; empty where it is.
+        facts: Runtime, threads, processor, load.
+    """
+
+    blocks: tuple[tuple[float, ...], ...]
+    disturbed: tuple[tuple[float, ...], ...]
+    anchor_ms: tuple[tuple[float, float], ...]
+    reference_ms: float
+    suspect: str
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def samples(self) -> list[float]:
+        """All runs that count, in ms."""
+        return [sample for block in self.blocks for sample in block]
+
+    @property
+    def median_ms(self) -> float:
+        """The latency."""
+        return statistics.median(self.samples)
+
+    @property
+    def mad_ms(self) -> float:
+        """Median absolute deviation of the runs."""
+        median = self.median_ms
+        return statistics.median(abs(sample - median) for sample in self.samples)
+
+    @property
+    def p95_ms(self) -> float:
+        """The time that 95 % of the runs keep."""
+        ordered = sorted(self.samples)
+        return ordered[round(0.95 * (len(ordered) - 1))]
+
+    @property
+    def block_sd_ms(self) -> float:
+        """Standard deviation of the blocks' medians."""
+        medians = [statistics.median(block) for block in self.blocks]
+        return statistics.stdev(medians) if len(medians) > 1 else 0.0
+
+    @property
+    def anchor_drift(self) -> float:
+        """By which share the anchor was slower than undisturbed, median over the blocks that count."""
+        return statistics.median(max(pair) for pair in self.anchor_ms) / self.reference_ms - 1
+
+
+@dataclass(frozen=True)
+class TimingJob:
+    """Times one exported network, on the machine that the job is done on.
+
+    Attributes:
+        runtime: Runs it.
+        file: What ``runtime.export`` gave.
+        example: Input ``(n, ...)``, float32, on the CPU.
+        threads: Threads that compute.
+        schedule: How much is measured.
+    """
+
+    runtime: Runtime
+    file: bytes
+    example: Tensor
+    threads: int = 1
+    schedule: Schedule = Schedule()
+
+    def __call__(self, bench: Bench) -> Timing:
+        """Measure."""
+        with bench.measuring(self.threads) as processors, steady(self.threads, processors):
+            load = os.getloadavg()[0]
+            session = self.runtime.load(self.file, self.example, self.threads)
+            anchor = anchor_session(self.runtime, self.threads)  # type: ignore[arg-type]
+            facts = {
+                "runtime": self.runtime.name,
+                **self.runtime.facts(),
+                "threads": self.threads,
+                "batch": len(self.example),
+                "processors": list(processors),
+                "processor": processor(),
+                "machine": platform.node(),
+                "governor": governor(processors),
+                "load": round(load, 2),
+                "file_bytes": len(self.file),
+                "file_sha256": sha256(self.file).hexdigest(),
+            }
+            record = AnchorRecord(bench.folder)
+            key = canonical([describe(self.runtime), dict(self.runtime.facts()), self.threads, processor()])
+            return _timing(session, anchor, self.schedule, record, key, facts)
+
+
+def _timing(
+    session: Session, anchor: Session, schedule: Schedule, record: AnchorRecord, key: str, facts: dict[str, Any]
+) -> Timing:
+    _warm_up(anchor)
+    once = _warm_up(session)
+    runs = max(1, round(BLOCK_SECONDS / once))
+    wanted = max(schedule.blocks, math.ceil(schedule.seconds / (runs * once)))
+    begin, patience = time.perf_counter(), max(schedule.patience_s, 3 * wanted * runs * once)
+    known = record.reference_ms(key)
+    blocks: list[tuple[float, ...]] = []
+    anchors = [_anchor_ms(anchor)]
+    while True:
+        if once < COLD_SECONDS:
+            session.seconds()
+        blocks.append(tuple(session.seconds() * 1e3 for _ in range(runs)))
+        anchors.append(_anchor_ms(anchor))
+        quick = sorted(anchors)[int(QUICKEST * len(anchors))]
+        reference = min(known, quick)
+        around = list(pairwise(anchors))
+        quiet = _quiet(blocks, around, reference, schedule.tolerance)
+        if sum(quiet) >= wanted or time.perf_counter() - begin > patience:
+            break
+    record.add(key, quick)
+    suspect = ""
+    if sum(quiet) < wanted:
+        # The least disturbed blocks are the best there is.
+        chosen = set(sorted(range(len(blocks)), key=lambda index: max(around[index]))[:wanted])
+        drift = statistics.median(max(around[index]) for index in chosen) / reference - 1
+        suspect = (
+            f"the machine was disturbed: {sum(quiet)} of {len(blocks)} blocks were quiet ({wanted} wanted), and "
+            f"around those that count the anchor was slower by {drift:.0%}"
+        )
+        quiet = [index in chosen for index in range(len(blocks))]
+    return Timing(
+        blocks=tuple(block for block, kept in zip(blocks, quiet, strict=True) if kept),
+        disturbed=tuple(block for block, kept in zip(blocks, quiet, strict=True) if not kept),
+        anchor_ms=tuple(pair for pair, kept in zip(around, quiet, strict=True) if kept),
+        reference_ms=reference,
+        suspect=suspect,
+        facts=facts,
+    )
+
+
+def _quiet(
+    blocks: Sequence[Sequence[float]], around: Sequence[tuple[float, float]], reference: float, tolerance: float
+) -> list[bool]:
+    """Which blocks nothing disturbed: by the anchor before and after, and by the blocks themselves.
+
+    A disturbance that begins and ends within a block shows only there, since it only ever adds time.
+    """
+    quiet = [max(pair) <= (1 + tolerance) * reference for pair in around]
+    medians = [statistics.median(block) for block in blocks]
+    among = sorted(median for median, kept in zip(medians, quiet, strict=True) if kept)
+    if among:
+        bound = (1 + 2 * tolerance) * among[int(QUICKEST * len(among))]
+        quiet = [kept and median <= bound for kept, median in zip(quiet, medians, strict=True)]
+    return quiet
+
+
+def _anchor_ms(anchor: Session) -> float:
+    """Time of the anchor just now."""
+    return statistics.median(anchor.seconds() for _ in range(ANCHOR_RUNS)) * 1e3
+
+
+def _warm_up(session: Session) -> float:
+    """Run until it gets no quicker. Gives the seconds of a run."""
+    session.seconds()  # memory, caches, what is compiled at the first run
+    begin = time.perf_counter()
+    quickest = float("inf")
+    while True:
+        group = [session.seconds() for _ in range(ANCHOR_RUNS)]
+        while sum(group) < BLOCK_SECONDS:
+            group.append(session.seconds())
+        now = statistics.median(group)
+        if now > (1 - STABLE) * quickest or time.perf_counter() - begin > WARM_UP_SECONDS:
+            return min(now, quickest)
+        quickest = min(now, quickest)

@@ -1,0 +1,82 @@
+"""What a runtime owes: to write a network as it is deployed, and to run what was written."""
+
+from __future__ import annotations
+
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Protocol, runtime_checkable
+
+from torch import Tensor, nn
+
+
+class Session(ABC):
+    """A deployed network with one input in place, ready to run.
+
+    Made by :meth:`Runtime.load` on the processors and in the process that will run it. It ends with its last
+    reference.
+    """
+
+    @abstractmethod
+    def run(self) -> None:
+        """Compute once. Comes back when the result is there."""
+
+    @abstractmethod
+    def output(self) -> Tensor:
+        """What the last run computed: ``(n, ...)``, float32, on the CPU."""
+
+    def seconds(self) -> float:
+        """Run once and give the seconds that it took.
+
+        The clock of this process. A runtime with a clock of its own, a GPU say, has its own.
+        """
+        begin = time.perf_counter()
+        self.run()
+        return time.perf_counter() - begin
+
+
+@runtime_checkable
+class Runtime(Protocol):
+    """Where networks are deployed. A frozen dataclass of plain parameters, found by its entry point.
+
+    A network is written once, where it was built, and may be sent to another machine to be run there. So
+    :meth:`load` must need nothing but the file, the input and what is installed.
+    """
+
+    @property
+    def name(self) -> str:
+        """Short: the name of its entry point in ``nasplat.runtimes``."""
+        ...
+
+    def export(self, model: nn.Module, example: Tensor) -> bytes:
+        """Write a model as it is deployed.
+
+        Args:
+            model: On the CPU, in evaluation mode, not to be changed.
+            example: Real inputs ``(n, ...)``, float32, on the CPU, of the very shape that the file will be run on. A
+                runtime that needs to see activations, to quantise them say, sees those of the example.
+
+        Returns:
+            The content of a file. Only for :meth:`load` of the same runtime: it may hold code.
+
+        Raises:
+            UnsupportedError: The model has something that this runtime has not; the message names it.
+        """
+        ...
+
+    def load(self, file: bytes, example: Tensor, threads: int) -> Session:
+        """Make a deployed network ready to run.
+
+        Args:
+            file: What :meth:`export` gave, here or on another machine of the study's own.
+            example: Input ``(n, ...)``, float32, on the CPU.
+            threads: Threads that compute, at least 1.
+
+        Raises:
+            UnsupportedError: It cannot run here; the message says what is missing.
+        """
+        ...
+
+    def facts(self) -> Mapping[str, str | int]:
+        """What its speed depends on, where it runs: versions, instruction set, settings."""
+        ...
