@@ -14,7 +14,6 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
-from itertools import pairwise
 from typing import Any
 
 from torch import Tensor
@@ -42,6 +41,9 @@ WARM_UP_SECONDS = 0.3
 
 STABLE = 0.02
 """Warm-up is over when the last runs are no quicker than those before by more than this share."""
+
+CALIBRATION_SECONDS = 0.5
+"""How long the anchor alone is watched on a machine where nothing is on record."""
 
 QUICKEST = 0.1
 """The share of a measurement's anchors that is taken for undisturbed, as far as the measurement alone can tell."""
@@ -168,22 +170,37 @@ def _timing(
     once = _warm_up(session)
     runs = max(1, round(BLOCK_SECONDS / once))
     wanted = max(schedule.blocks, math.ceil(schedule.seconds / (runs * once)))
-    begin, patience = time.perf_counter(), max(schedule.patience_s, 3 * wanted * runs * once)
     known = record.reference_ms(key)
+    probes = [_anchor_ms(anchor)]
+    begin = time.perf_counter()
+    while known == float("inf") and time.perf_counter() - begin < CALIBRATION_SECONDS:
+        probes.append(_anchor_ms(anchor))
+
     blocks: list[tuple[float, ...]] = []
-    anchors = [_anchor_ms(anchor)]
-    while True:
-        if once < COLD_SECONDS:
-            session.seconds()
-        blocks.append(tuple(session.seconds() * 1e3 for _ in range(runs)))
-        anchors.append(_anchor_ms(anchor))
-        quick = sorted(anchors)[int(QUICKEST * len(anchors))]
-        reference = min(known, quick)
-        around = list(pairwise(anchors))
-        quiet = _quiet(blocks, around, reference, schedule.tolerance)
-        if sum(quiet) >= wanted or time.perf_counter() - begin > patience:
+    around: list[tuple[float, float]] = []
+    quiet: list[bool] = []
+    reference = min(known, _quick(probes))
+    begin, patience = time.perf_counter(), max(schedule.patience_s, 3 * wanted * runs * once)
+    while sum(quiet) < wanted:
+        waiting = time.perf_counter() - begin < patience
+        if not waiting and len(blocks) >= wanted:
             break
-    record.add(key, quick)
+        # A probe is short, a block may be long: while there is time, blocks begin only when the machine is quiet.
+        if not waiting or probes[-1] <= (1 + schedule.tolerance) * reference:
+            before = probes[-1]
+            if once < COLD_SECONDS:
+                session.seconds()
+            blocks.append(tuple(session.seconds() * 1e3 for _ in range(runs)))
+            probes.append(_anchor_ms(anchor))
+            around.append((before, probes[-1]))
+        else:
+            probes.append(_anchor_ms(anchor))
+        reference = min(known, _quick(probes))
+        quiet = _quiet(blocks, around, reference, schedule.tolerance)
+    record.add(key, _quick(probes))
+    facts["quiet_share"] = round(
+        sum(probe <= (1 + schedule.tolerance) * reference for probe in probes) / len(probes), 3
+    )
     suspect = ""
     if sum(quiet) < wanted:
         # The least disturbed blocks are the best there is.
@@ -202,6 +219,11 @@ def _timing(
         suspect=suspect,
         facts=facts,
     )
+
+
+def _quick(probes: Sequence[float]) -> float:
+    """The anchor undisturbed, as far as these probes tell."""
+    return sorted(probes)[int(QUICKEST * len(probes))]
 
 
 def _quiet(

@@ -1,0 +1,159 @@
+"""The fresh process of ``memory``: what it holds before a network, and what it holds while that runs.
+
+Its parent sends a header, a warm-up network and the network by standard input, and gets one line of JSON back.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import json
+import os
+import pickle
+import re
+import resource
+import sys
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, BinaryIO
+
+RUNS = 3
+"""Runs of the network whose high-water mark counts."""
+
+_THP_DISABLE = 41  # PR_SET_THP_DISABLE of prctl(2)
+_FILL = 1 << 16
+
+
+class Marks:
+    """Resident memory of this process, and its high-water mark.
+
+    Where the kernel lets a process take its mark back (Linux, ``/proc/self/clear_refs``) the mark is that of what ran
+    since :meth:`restart`. Elsewhere memory is filled up to the old mark first, so that whatever is needed beyond it
+    shows.
+
+    Attributes:
+        method: ``VmHWM`` or ``ru_maxrss``.
+    """
+
+    def __init__(self) -> None:
+        self.method = "VmHWM" if _restarted() else "ru_maxrss"
+        self._ballast: list[bytearray] = []
+
+    def restart(self) -> int:
+        """Forget the mark; gives the bytes that are resident now."""
+        if self.method == "VmHWM" and _restarted():
+            return _status("VmRSS")
+        mark = _greatest()
+        while _greatest() == mark:
+            self._ballast.append(bytearray(os.urandom(1) * _FILL))
+        return _greatest()
+
+    def highest(self) -> int:
+        """The most bytes that were resident since :meth:`restart`."""
+        if self.method == "VmHWM":
+            return max(_status("VmHWM"), _now())
+        return _greatest()
+
+
+def _restarted() -> bool:
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return False
+    return True
+
+
+def _status(name: str) -> int:
+    found = re.search(rf"^{name}:\s*(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
+    assert found is not None
+    return int(found[1]) * 1024
+
+
+def _now() -> int:
+    """Resident bytes, counted page by page where the kernel does so; its running sums are off by some pages."""
+    with suppress(OSError):
+        found = re.search(r"^Rss:\s*(\d+) kB", Path("/proc/self/smaps_rollup").read_text(), re.MULTILINE)
+        if found is not None:
+            return int(found[1]) * 1024
+    return _status("VmRSS")
+
+
+def _greatest() -> int:
+    """``ru_maxrss`` in bytes: macOS counts bytes, others kibibytes."""
+    mark = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return mark if sys.platform == "darwin" else mark * 1024
+
+
+def _tidy() -> None:
+    """Give back to the system what is free."""
+    gc.collect()
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def _small_pages() -> None:
+    """No huge pages: with them, one byte may count as two mebibytes."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(_THP_DISABLE, 1, 0, 0, 0)
+
+
+def _measure(given: BinaryIO) -> dict[str, Any]:
+    import torch
+
+    header = pickle.load(given)
+    runtime, threads = header["runtime"], header["threads"]
+    torch.set_num_threads(threads)
+    if threads == 1 and hasattr(os, "sched_setaffinity"):
+        # The kernel sums resident pages by processor, and knows the sum of one best.
+        os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+    # Libraries, compiled kernels and the memory pools of the runtime itself.
+    example = torch.from_numpy(header["warm_up_example"])
+    session = runtime.load(pickle.load(given), example, threads)
+    for _ in range(RUNS):
+        session.run()
+    example = torch.from_numpy(header["example"])
+    del session, header
+    _tidy()
+    marks = Marks()
+    before = marks.restart()
+    file = pickle.load(given)
+    session = runtime.load(file, example, threads)
+    session.run()
+    loading = marks.highest() - before
+    del file
+    _tidy()
+    kept = marks.restart() if marks.method == "VmHWM" else 0
+    for _ in range(RUNS):
+        session.run()
+    return {
+        "peak": marks.highest() - before,
+        "loading": loading,
+        "kept": max(0, kept - before),
+        "before": before,
+        "method": marks.method,
+        "facts": dict(runtime.facts()),
+    }
+
+
+def main() -> None:
+    """Read from standard input, measure, answer on standard output."""
+    # Whatever else is printed goes to standard error.
+    answer = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    _small_pages()
+    from nasplat.errors import NasplatError
+
+    try:
+        found = _measure(sys.stdin.buffer)
+    except MemoryError:
+        found = {"error": "memory", "text": "the process ran out of memory"}
+    except NasplatError as error:
+        found = {"error": type(error).__name__, "text": str(error)}
+    except Exception as error:
+        found = {"error": "other", "text": f"{type(error).__name__}: {error}"}
+    answer.write(json.dumps(found))
+    answer.close()
+
+
+if __name__ == "__main__":
+    main()
