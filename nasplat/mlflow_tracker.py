@@ -34,6 +34,7 @@ from nasplat.errors import InvalidInputError, NasplatError
 from nasplat.identity import describe
 from nasplat.strategy import FINAL, Evaluate, Trial
 from nasplat.tracking import StudyRecord
+from nasplat.worker import SAMPLES, trial_folder
 
 MAX_PARAMETER = 6000
 """Longest parameter value that MLflow stores, in characters."""
@@ -90,6 +91,9 @@ class MlflowTracker:
 
     Steps of metrics count epochs from 1. A final metric has the last epoch's step, or the one after it where that
     epoch reported the same name with another value. Infinite values are stored as the largest finite ones.
+
+    A trial's run has the genes as parameters, and as files ``architecture.json``, ``facts.json`` (how each metric was
+    measured) and ``samples.json`` (all readings), where there are any.
 
     MLflow cannot take a value back. So when a trial begins again after a crash and its epochs differ from those
     recorded, its run is deleted (it stays in MLflow's bin) and written anew; equal ones are kept.
@@ -390,6 +394,9 @@ class MlflowTracker:
             return
         for name, text in _files(trial).items():
             client.log_text(child.id, text, name)
+        samples = trial_folder(opened.study.folder, number) / SAMPLES
+        if trial.copy_of is None and samples.exists():
+            client.log_artifact(child.id, str(samples))
         duration_ms = _duration_ms(trial)
         end_ms = now_ms if duration_ms is None else child.start_ms + duration_ms
         _terminate(client, child.id, _STATUS[trial.state], end_ms)

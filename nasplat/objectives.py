@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import math
+import re
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, TypeAlias, overload
 
 import numpy as np
 from numpy.typing import NDArray
 
+from nasplat.checks import is_number
 from nasplat.errors import InvalidInputError
+from nasplat.quantities import unit_of
+
+Sense: TypeAlias = Literal["at_most", "at_least"]
 
 
 @dataclass(frozen=True)
@@ -38,15 +43,24 @@ class Objective:
 
 @dataclass(frozen=True)
 class Constraint:
-    """A hard limit on one metric. A candidate that breaks it is infeasible."""
+    """A hard limit on one metric. A candidate that breaks it is infeasible.
+
+    Attributes:
+        metric: What is limited.
+        bound: In the metric's unit, finite.
+        sense: ``at_most`` or ``at_least``.
+        share: Where the limit was given as a share of a baseline network: that share, 0.6 for 60 %. Else None.
+        of: The baseline's name; "" where the limit was given as a number.
+    """
 
     metric: str
     bound: float
-    sense: Literal["at_most", "at_least"]
+    sense: Sense
+    share: float | None = None
+    of: str = ""
 
     def __post_init__(self) -> None:
-        if self.sense not in ("at_most", "at_least"):
-            raise InvalidInputError(f"sense is {self.sense!r}; legal: 'at_most', 'at_least'")
+        _check_sense(self.sense)
         if not math.isfinite(self.bound):
             raise InvalidInputError(f"the bound on {self.metric} is {self.bound}; it must be a finite number")
 
@@ -55,8 +69,87 @@ class Constraint:
         excess = metrics[self.metric] - self.bound
         return max(0.0, excess if self.sense == "at_most" else -excess)
 
+    @property
+    def wish(self) -> Constraint | RelativeConstraint:
+        """The limit as it was asked for: relative to a baseline, or itself."""
+        return self if self.share is None else RelativeConstraint(self.metric, self.share, self.sense, self.of)
+
+    def to_json(self) -> dict[str, Any]:
+        """As JSON values, for :func:`constraint_from_json`."""
+        record: dict[str, Any] = {"metric": self.metric, "bound": self.bound, "sense": self.sense}
+        return record if self.share is None else {**record, "share": self.share, "of": self.of}
+
     def __str__(self) -> str:
-        return f"{self.metric} {self.sense.replace('_', ' ')} {self.bound:g}"
+        if self.share is None:
+            return f"{self.metric} {_words(self.sense)} {self.bound:g}"
+        return f"{self.wish} ({self.bound:.4g}{(' ' + unit_of(self.metric)).rstrip()})"
+
+
+@dataclass(frozen=True)
+class RelativeConstraint:
+    """A hard limit that is a share of what a named baseline network has. Measured, it becomes a :class:`Constraint`.
+
+    Attributes:
+        metric: What is limited; one that is known without training.
+        share: Positive: 0.6 for 60 %.
+        sense: ``at_most`` or ``at_least``.
+        of: The baseline's name; "" is the only baseline that the study has.
+    """
+
+    metric: str
+    share: float
+    sense: Sense
+    of: str = ""
+
+    def __post_init__(self) -> None:
+        _check_sense(self.sense)
+        if not is_number(self.share) or not (self.share > 0 and math.isfinite(self.share)):
+            raise InvalidInputError(f"the limit on {self.metric} is a share {self.share!r}; it must be positive")
+        if not isinstance(self.of, str):
+            raise InvalidInputError(f"of is {self.of!r}; the name of a baseline is needed: of='reference'")
+
+    @property
+    def wish(self) -> RelativeConstraint:
+        """Itself (as :attr:`Constraint.wish`)."""
+        return self
+
+    def resolved(self, value: float) -> Constraint:
+        """The limit in the metric's own unit.
+
+        Args:
+            value: What the baseline has, at least 0.
+
+        Raises:
+            InvalidInputError: The value is negative or not finite, so that a share of it says nothing.
+        """
+        if not (math.isfinite(value) and value >= 0):
+            raise InvalidInputError(
+                f"the baseline {self.of} has {self.metric} {value:g}, of which no share can be taken; give the limit "
+                "as a number"
+            )
+        return Constraint(self.metric, self.share * value, self.sense, self.share, self.of)
+
+    def to_json(self) -> dict[str, Any]:
+        """As JSON values, for :func:`constraint_from_json`."""
+        return {"metric": self.metric, "share": self.share, "of": self.of, "sense": self.sense}
+
+    def __str__(self) -> str:
+        # Twelve digits: 0.6 * 100 is a little more than 60.
+        return f"{self.metric} {_words(self.sense)} {100 * self.share:.12g}% of {self.of or 'the baseline'}"
+
+
+def constraint_from_json(record: Mapping[str, Any]) -> Constraint | RelativeConstraint:
+    """The limit that :meth:`Constraint.to_json` or :meth:`RelativeConstraint.to_json` wrote."""
+    return Constraint(**record) if "bound" in record else RelativeConstraint(**record)
+
+
+def _check_sense(sense: object) -> None:
+    if sense not in ("at_most", "at_least"):
+        raise InvalidInputError(f"sense is {sense!r}; legal: 'at_most', 'at_least'")
+
+
+def _words(sense: str) -> str:
+    return sense.replace("_", " ")
 
 
 def maximise(metric: str) -> Objective:
@@ -69,14 +162,49 @@ def minimise(metric: str) -> Objective:
     return Objective(metric, "minimise")
 
 
-def at_most(metric: str, bound: float) -> Constraint:
-    """Hard limit: ``metric <= bound``."""
-    return Constraint(metric, float(bound), "at_most")
+@overload
+def at_most(metric: str, bound: float) -> Constraint: ...
+@overload
+def at_most(metric: str, bound: str, of: str = "") -> RelativeConstraint: ...
+def at_most(metric: str, bound: float | str, of: str = "") -> Constraint | RelativeConstraint:
+    """Hard limit: ``metric <= bound``.
+
+    Args:
+        metric: What is limited.
+        bound: A number in the metric's unit, or a percentage of a baseline network: ``at_most("latency_ms", "60%")``.
+        of: Name of the baseline (``Study(baselines={"reference": ...})``); may be left out where there is one only.
+    """
+    return _limit(metric, bound, "at_most", of)
 
 
-def at_least(metric: str, bound: float) -> Constraint:
-    """Hard limit: ``metric >= bound``."""
-    return Constraint(metric, float(bound), "at_least")
+@overload
+def at_least(metric: str, bound: float) -> Constraint: ...
+@overload
+def at_least(metric: str, bound: str, of: str = "") -> RelativeConstraint: ...
+def at_least(metric: str, bound: float | str, of: str = "") -> Constraint | RelativeConstraint:
+    """Hard limit: ``metric >= bound``. Arguments as of :func:`at_most`."""
+    return _limit(metric, bound, "at_least", of)
+
+
+def _limit(metric: str, bound: float | str, sense: Sense, of: str) -> Constraint | RelativeConstraint:
+    if isinstance(bound, str):
+        return RelativeConstraint(metric, _share(metric, bound), sense, of)
+    if of:
+        raise InvalidInputError(
+            f"the limit on {metric} is {bound!r} of {of!r}; a percentage of a baseline is written as text: '60%'"
+        )
+    return Constraint(metric, float(bound), sense)
+
+
+def _share(metric: str, text: str) -> float:
+    """The share that a percentage stands for: 0.6 for ``60%``."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*%\s*", text)
+    if match is None or not float(match[1]) > 0:
+        raise InvalidInputError(
+            f"the bound on {metric} is {text!r}; legal: a number in the metric's unit (2.5), or a positive percentage "
+            "of a baseline network as text ('60%')"
+        )
+    return float(match[1]) / 100
 
 
 def dominates(a: Sequence[float], b: Sequence[float]) -> bool:

@@ -9,7 +9,20 @@ from functools import cache
 from typing import Any
 
 from nasplat import architecture, joint_space, objectives, phases, plugins, ranges, task, teacher
-from nasplat.cost import counter, latency, resource, table, timing, zero_cost
+from nasplat.cost import (
+    accuracy,
+    counter,
+    energy,
+    latency,
+    memory,
+    predicted,
+    resource,
+    steps,
+    table,
+    throughput,
+    timing,
+    zero_cost,
+)
 from nasplat.data import sources
 from nasplat.identity import type_name
 from nasplat.weight_sharing import bilevel, eigenvalue
@@ -19,7 +32,8 @@ from nasplat.weight_sharing import bilevel, eigenvalue
 def restorable() -> Mapping[str, Any]:
     """What a study's folder may name: nasplat's own dataclasses, and those of modules that hold a plug-in."""
     modules: list[Any] = [architecture, objectives, task, phases, teacher, sources]
-    modules += [counter, latency, resource, table, timing, zero_cost]
+    modules += [counter, energy, latency, memory, resource, table, throughput, timing, zero_cost]
+    modules += [accuracy, predicted, steps]
     modules += [ranges, joint_space]
     modules += [bilevel, eigenvalue]
     for group in plugins.GROUPS:

@@ -14,19 +14,20 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from nasplat import journal
+from nasplat import front_figure, journal
 from nasplat.architecture import Architecture
 from nasplat.drawing import Picture
 from nasplat.errors import FolderError, InvalidInputError, JournalError, UnsupportedError
 from nasplat.identity import restore
-from nasplat.objectives import Constraint, Objective
+from nasplat.objectives import Constraint, Objective, constraint_from_json
 from nasplat.restorable import restorable
 from nasplat.search import Search
 from nasplat.space import Option, SearchSpace
 from nasplat.strategy import Evaluate, History, Trial
 from nasplat.task import Task
 from nasplat.train import evaluate
-from nasplat.worker import phase_of, trial_folder
+from nasplat.uncertainty import CONFIDENCE, UncertainFront, uncertain_front, validation_examples
+from nasplat.worker import SAMPLES, phase_of, trial_folder
 
 if TYPE_CHECKING:
     from nasplat.export import ExportReport
@@ -239,9 +240,82 @@ class Result:
         """One row a trial: state, metrics, genes, and what went wrong. Indexed by trial number."""
         return self._rows(self.trials)
 
-    def front(self) -> pd.DataFrame:
-        """The rows of :meth:`table` that no other feasible full evaluation dominates, best first objective first."""
-        return self._rows(self.history.front())
+    def front(self, confidence: float | None = None, *, examples: int | None = None) -> pd.DataFrame:
+        """The rows of :meth:`table` that no other feasible full evaluation dominates, best first objective first.
+
+        With a confidence the values' errors count (:mod:`nasplat.uncertainty`): there is a row for each candidate that
+        is on the front as measured (``on_front``), or is on it with a ``front_probability`` of at least
+        ``1 - confidence``. Each objective has its standard error, ``<metric>_se`` (NaN where it is not known, which
+        counts as 0), and the trials that cannot be told apart in it, ``tied_<metric>``. Several trials of one
+        architecture are one row with the means; ``replicates`` names them.
+
+        Args:
+            confidence: In (0, 1), such as 0.95; None leaves errors out.
+            examples: Size of the validation split; None is what the task has, where that is known.
+        """
+        if confidence is None:
+            return self._rows(self.history.front())
+        return self._front_rows(self.uncertain_front(confidence, examples=examples))
+
+    def _front_rows(self, found: UncertainFront) -> pd.DataFrame:
+        table = self._rows([member.trial for member in found.members])
+        columns: dict[str, list[Any]] = {"on_front": [], "front_probability": [], "replicates": []}
+        for member in found.members:
+            columns["on_front"].append(member.on_front)
+            columns["front_probability"].append(member.probability)
+            columns["replicates"].append(" ".join(map(str, member.replicates)) if len(member.replicates) > 1 else "")
+            for metric, one in member.estimates.items():
+                error = float("nan") if one.error is None else one.error
+                columns.setdefault(f"{metric}_se", []).append(error)
+                columns.setdefault(f"tied_{metric}", []).append(" ".join(map(str, member.ties.get(metric, ()))))
+        # A gene with the name of one of these keeps out of its way.
+        table = table.rename(columns={name: f"gene.{name}" for name in columns if name in table})
+        return table.assign(**columns)
+
+    def uncertain_front(self, confidence: float = CONFIDENCE, *, examples: int | None = None) -> UncertainFront:
+        """The front with its errors, probabilities and ties, as objects: what :meth:`front` has as a table."""
+        known = validation_examples(self.task) if examples is None else examples
+        return uncertain_front(self.history, self.samples, known, confidence)
+
+    def plot_front(self, path: str | Path, confidence: float = CONFIDENCE, *, examples: int | None = None) -> Path:
+        """Draw the front with error bars and ties.
+
+        Args:
+            path: The file: a name in ``.svg``, ``.png`` or ``.pdf``.
+            confidence: Of the intervals and of the differences that count, in (0, 1).
+            examples: As of :meth:`front`.
+
+        Returns:
+            The file.
+
+        Raises:
+            InvalidInputError: The name ends otherwise, or there is no front yet.
+        """
+        return front_figure.save(self.uncertain_front(confidence, examples=examples), path)
+
+    def save_front(self, folder: str | Path) -> list[Path]:
+        """Write ``front.csv`` (:meth:`front` with errors) and, of two objectives or more, ``front.png``.
+
+        Returns:
+            The files; none where there is no front yet.
+        """
+        found, path = self.uncertain_front(), Path(folder)
+        if not found.members:
+            return []
+        table = path / "front.csv"
+        table.write_text(self._front_rows(found).to_csv())
+        pictures = [front_figure.save(found, path / "front.png")] if len(found.objectives) > 1 else []
+        return [table, *pictures]
+
+    def samples(self, trial: Trial | int) -> Mapping[str, Sequence[float]]:
+        """All single readings of a trial's measurements, by metric, in its unit; empty where none were kept.
+
+        ``<metric>_block`` has the block of each reading, from 0; ``<metric>_disturbed`` the readings that do not count,
+        ``<metric>_anchor`` the times of the anchor network before and after each block that does.
+        """
+        trial = self.trials[trial] if isinstance(trial, int) else trial
+        path = trial_folder(self.folder, trial.number if trial.copy_of is None else trial.copy_of) / SAMPLES
+        return dict(json.loads(path.read_text())) if path.exists() else {}
 
     def _rows(self, trials: Sequence[Trial]) -> pd.DataFrame:
         rows = []
@@ -301,7 +375,8 @@ def load(
     history = History(
         space,
         [Objective(**objective) for objective in wanted["objectives"]],
-        [Constraint(**constraint) for constraint in wanted["constraints"]],
+        # One relative to a baseline that was not measured yet: nothing has run under it.
+        [limit for limit in map(constraint_from_json, wanted["constraints"]) if isinstance(limit, Constraint)],
     )
     Search(_Reader(), history, header["seed"]).replay(events, to_go_on=False)
     ending = last_run(events)

@@ -8,20 +8,29 @@ import sys
 import time
 import uuid
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
+from torch import nn
 
+from nasplat import baselines as baseline_networks
 from nasplat import journal
 from nasplat.architecture import Architecture
+from nasplat.checks import is_number
+from nasplat.cost.anchor import anchor_network
 from nasplat.cost.bench import Bench
 from nasplat.cost.counter import Count
+from nasplat.cost.energy import Energy
 from nasplat.cost.latency import Latency
-from nasplat.cost.meter import BatchMeter, CostMeter, Meter
+from nasplat.cost.memory import PeakMemory
+from nasplat.cost.meter import ArchitectureMeter, BatchMeter, CostMeter, Meter
+from nasplat.cost.throughput import Throughput
 from nasplat.cost.zero_cost import SCORES, ZeroCost
 from nasplat.errors import (
     FolderError,
@@ -31,15 +40,19 @@ from nasplat.errors import (
     NasplatWarning,
     SearchInterrupted,
     UnknownMetricError,
+    UnsupportedError,
 )
 from nasplat.identity import canonical, describe, source_hash, type_name
 from nasplat.joint_space import JointSpace
 from nasplat.journal import Journal
 from nasplat.mlflow_tracker import MlflowTracker
-from nasplat.objectives import Constraint, Objective
+from nasplat.objectives import Constraint, Objective, RelativeConstraint, constraint_from_json
+from nasplat.preflight import Preflight, preflight
 from nasplat.progress import Display, Silent, Terminal
 from nasplat.result import Result, header_of, load, restored
 from nasplat.runners import local
+from nasplat.runtimes import Runtime
+from nasplat.runtimes.choose import choose
 from nasplat.search import Event, Limits, Search, check_whole
 from nasplat.space import SearchSpace
 from nasplat.strategy import Evaluate, Explore, History, Strategy, Trial
@@ -54,7 +67,10 @@ ALWAYS_KNOWN = ("train_seconds", "measure_seconds")
 CHECKED = 4
 """Networks tried before a space is said not to fit its task."""
 
-ON_DEMAND: tuple[Meter, ...] = (Latency(), *(ZeroCost(name) for name in SCORES))
+ON_DEMAND: tuple[Meter, ...] = (
+    Latency(), PeakMemory(), Throughput(), Energy(),
+    *(ZeroCost(name) for name in SCORES),
+)  # fmt: skip
 """Meters that join a study when an objective, a constraint or the strategy names one of their metrics."""
 
 
@@ -79,8 +95,9 @@ class Study:
         strategy: Strategy,
         task: Task,
         objectives: Sequence[Objective],
-        constraints: Sequence[Constraint] = (),
+        constraints: Sequence[Constraint | RelativeConstraint] = (),
         *,
+        baselines: Mapping[str, baseline_networks.Network] | None = None,
         seed: int = 0,
         folder: str | Path,
         meters: Sequence[Meter] = (),
@@ -99,7 +116,9 @@ class Study:
             strategy: What proposes.
             task: What candidates are judged on.
             objectives: At least one; the first names the best.
-            constraints: Hard limits on any metric.
+            constraints: Hard limits on any metric; a percentage, ``at_most("latency_ms", "60%")``, is of a baseline.
+            baselines: Networks that limits may be relative to, by name: architectures of the space, or functions
+                without arguments that make the network. Measured once, before the search.
             seed: Of everything random, at least 0.
             folder: Holds the journal and the weights. On a cluster: a path that every node reaches.
             meters: Measured beside parameters, operations and model bytes, which always are. Latency and zero-cost
@@ -130,12 +149,14 @@ class Study:
             if not isinstance(given, list | tuple):
                 raise InvalidInputError(f"{name} is {given!r}; a list is needed")
         for meter in meters:
-            if isinstance(meter, type) or not isinstance(meter, CostMeter | BatchMeter):
+            if isinstance(meter, type) or not isinstance(meter, CostMeter | BatchMeter | ArchitectureMeter):
                 raise InvalidInputError(f"a meter is {meter!r}; an object with metrics, trained and measure is needed")
             if isinstance(meter, BatchMeter) and task.data is None:
                 raise InvalidInputError(
                     f"{meter!r} needs a batch of training data; the task {task.name} is a function and has none"
                 )
+            if isinstance(meter, ArchitectureMeter):
+                meter.check_space(space)
         if tracker not in (None, "mlflow") and (isinstance(tracker, type) or not isinstance(tracker, Tracker)):
             raise InvalidInputError(f"tracker is {tracker!r}; legal: 'mlflow', None, or a tracker: MlflowTracker()")
         if not objectives or not all(isinstance(objective, Objective) for objective in objectives):
@@ -144,10 +165,11 @@ class Study:
             )
         if len({objective.metric for objective in objectives}) < len(objectives):
             raise InvalidInputError(f"two objectives name one metric: {', '.join(map(str, objectives))}")
-        if not all(isinstance(constraint, Constraint) for constraint in constraints):
+        if not all(isinstance(constraint, Constraint | RelativeConstraint) for constraint in constraints):
             raise InvalidInputError(
                 f"constraints is {constraints!r}; at_most('...', x) or at_least('...', x) are needed"
             )
+        self.baselines = baseline_networks.checked({} if baselines is None else baselines, space)
         check_whole("seed", seed, least=0)
         check_whole("threads", threads, least=1)
         if time_limit_s is not None and not (isinstance(time_limit_s, int | float) and time_limit_s > 0):
@@ -166,7 +188,7 @@ class Study:
         self.strategy = strategy
         self.task = task
         self.objectives = tuple(objectives)
-        self.constraints = tuple(constraints)
+        self.constraints: tuple[Constraint | RelativeConstraint, ...] = tuple(constraints)
         self.seed = seed
         self.folder = Path(folder)
         self.device = device
@@ -178,6 +200,7 @@ class Study:
         self.tracker = tracker
         self.given_meters = tuple(meters)
         self.meters = self._with_meters(self.given_meters)
+        self.constraints = tuple(baseline_networks.named(constraints, self.baselines, self.meters))
         canonical(self._identity())  # what cannot be told apart is refused now, not when there is a folder already
         self._check_folder()
 
@@ -198,6 +221,12 @@ class Study:
             for meter in ON_DEMAND:
                 if known.isdisjoint(meter.metrics) and set(wanted).intersection(meter.metrics):
                     meters.append(meter)
+        for meter in meters:
+            # A meter of what not every machine can tell says so beforehand.
+            unavailable = getattr(meter, "unavailable", None)
+            named = set(wanted).intersection(meter.metrics)
+            if named and unavailable is not None and (why := unavailable(self.device)):
+                raise UnknownMetricError(f"{', '.join(sorted(named))} cannot be measured here: {why}")
         names = [name for meter in meters for name in meter.metrics]
         twice = {name for name in names if names.count(name) > 1}
         if twice:
@@ -231,7 +260,8 @@ class Study:
     def _wishes(self) -> dict[str, Any]:
         return {
             "objectives": [dataclasses.asdict(objective) for objective in self.objectives],
-            "constraints": [dataclasses.asdict(constraint) for constraint in self.constraints],
+            "constraints": [constraint.to_json() for constraint in self.constraints],
+            "baselines": {name: baseline_networks.description_of(network) for name, network in self.baselines.items()},
             "meters": describe(self.meters),
         }
 
@@ -284,6 +314,7 @@ class Study:
         """Hashes of the source of what the user's own script gave: a change is worth a warning."""
         given = [self.task.function, self.task.loss, *self.task.metrics.values(), getattr(self.space, "function", None)]
         given += [type(part) for part in (self.space, self.strategy)]
+        given += [network for network in self.baselines.values() if not isinstance(network, Architecture)]
         found = {}
         for value in given:
             if value is None or getattr(value, "__module__", "").partition(".")[0] == "nasplat":
@@ -324,11 +355,54 @@ class Study:
                     f"class {highest}: give the space at least {highest + 1} classes"
                 )
 
+    def _check_here(self, workers: int) -> None:
+        """Refuse meters on other machines where there is no Ray that reaches them."""
+        away = [meter for meter in self.meters if getattr(meter, "on", None) is not None]
+        if away and workers == 0:
+            name = getattr(away[0], "on", None)
+            raise InvalidInputError(
+                f"{away[0]!r} measures on {name!r}, a machine of a Ray cluster (a node started with "
+                f"--resources='{{\"{name}\": 1}}'); this run stays in one process. Give workers=1 or more"
+            )
+
+    def _check_meters(self, worker: Worker) -> None:
+        """Refuse a meter that can measure no network at all: its runtime does not work where it is measured."""
+        done: set[str] = set()
+        for meter in self.meters:
+            if not all(hasattr(meter, name) for name in ("runtime", "threads", "on")):
+                continue
+            asked: Any = meter
+            try:
+                with worker.prepared(self.seed):
+                    runtime = choose(asked.runtime, *self._any_network(worker))
+                    key = canonical([describe(runtime), asked.threads, asked.on])
+                    if key not in done:
+                        worker.bench.run(_Works(runtime, asked.threads), asked.on)
+                    done.add(key)
+            except NasplatError as error:
+                raise type(error)(f"{meter!r} cannot measure anything: {error}") from error
+            except Exception as error:
+                raise UnsupportedError(f"{meter!r} cannot measure anything: {type(error).__name__}: {error}") from error
+
+    def _any_network(self, worker: Worker) -> tuple[nn.Module, torch.Tensor]:
+        """A network of the space as a meter gets it, and its input."""
+        example = place(self.task.example(), torch.device(self.device))
+        rng = np.random.default_rng(self.seed)
+        for left in reversed(range(CHECKED)):
+            try:
+                return worker.settle(self.space.build(self.space.sample(rng)), example), example
+            except Exception:
+                if not left:
+                    raise
+        raise AssertionError("unreachable")
+
     def _check_strategy(self) -> None:
         """Ask the strategy once, so that one that cannot search this study says so before there is a folder."""
         if journal.read(self.folder)[0]:
             return
-        history = History(self.space, self.objectives, self.constraints)
+        # Whether it can search under such limits at all; how wide they are is not known yet where they are relative.
+        limits = [c if isinstance(c, Constraint) else c.resolved(1.0) for c in self.constraints]
+        history = History(self.space, self.objectives, limits)
         try:
             proposal = self.strategy.propose(history, np.random.default_rng([self.seed, 0]))
         except NasplatError:
@@ -388,37 +462,109 @@ class Study:
             "cpus_per_trial": cpus_per_trial,
             "gpus_per_trial": gpus_per_trial,
         }
-        with self._opened(run) as session:
-            search = session.search
-            search.begin(limits)
-            session.display.begin(search, max_trials, max_hours)
-            state = "failed"
-            try:
-                if workers == 0 or not search.has_work():
-                    local.run(search, session.worker_at(Bench()))
-                else:
-                    from nasplat.runners import ray_tune
+        self._check_here(workers)
+        size: Any = {"workers": workers, "cpus": cpus_per_trial, "gpus": gpus_per_trial}
+        display: Display = Terminal() if self.progress else Silent()
+        with ExitStack() as stack:
+            place_to_measure = self._bench(size, display, stack)
+            with self._opened(run, place_to_measure, display) as session:
+                search = session.search
+                search.begin(limits)
+                session.display.begin(search, max_trials, max_hours)
+                state = "failed"
+                try:
+                    if not search.has_work():
+                        local.run(search, session.worker_at(Bench()))
+                    else:
+                        worker = session.worker_at(place_to_measure())
+                        self._check_meters(worker)
+                        if workers == 0:
+                            local.run(search, worker)
+                        else:
+                            from nasplat.runners import ray_tune
 
-                    size: Any = {"workers": workers, "cpus": cpus_per_trial, "gpus": gpus_per_trial}
-                    with ray_tune.connected(**size, say=session.display.say) as bench:
-                        ray_tune.run(search, session.worker_at(bench), **size)
-                state = "complete"
-            except KeyboardInterrupt:
-                state = "interrupted"
-                raise SearchInterrupted(
-                    f"interrupted; {sum(t.finished is not None for t in search.history.trials)} trials are in "
-                    f"{self.folder}. To go on: {self._how_to_go_on()}"
-                ) from None
-            finally:
-                search.end()
-                session.close(state)
-            return session.result()
+                            ray_tune.run(search, worker, **size)
+                    state = "complete"
+                except KeyboardInterrupt:
+                    state = "interrupted"
+                    raise SearchInterrupted(
+                        f"interrupted; {sum(t.finished is not None for t in search.history.trials)} trials are in "
+                        f"{self.folder}. To go on: {self._how_to_go_on()}"
+                    ) from None
+                finally:
+                    search.end()
+                    session.close(state)
+                return session.result()
+
+    def _bench(self, size: Mapping[str, Any], display: Display, stack: ExitStack) -> Callable[[], Bench]:
+        """Gives the bench that the study measures on, made when it is first asked for: Ray takes seconds to start."""
+
+        @cache
+        def bench() -> Bench:
+            if size["workers"] == 0:
+                here = Bench()
+                here.check()
+                return here
+            from nasplat.runners import ray_tune
+
+            machines = {on for meter in self.meters if isinstance(on := getattr(meter, "on", None), str)}
+            return stack.enter_context(
+                ray_tune.connected(**size, machines=sorted(machines), time_limit_s=self.time_limit_s, say=display.say)
+            )
+
+        return bench
 
     def _how_to_go_on(self) -> str:
         script = sys.argv[0] if sys.argv else ""
         if Path(script).name in ("nasplat", "__main__.py"):
             return f"nasplat resume {shlex.quote(str(self.folder))}"
         return "run the same script again" if script.endswith(".py") else "call run() again with the same folder"
+
+    def preflight(
+        self, samples: int = 30, seconds: float = 60.0, *, max_trials: int | None = None, workers: int = 0
+    ) -> Preflight:
+        """What is known before the first trial: costs of the space, whether limits can be met, time, disk.
+
+        Samples networks, builds and measures them, and trains a few for a few steps. Nothing is written; ``print``
+        shows the result.
+
+        Args:
+            samples: Networks to sample; a space that has no more is measured as a whole.
+            seconds: Time for it. What is under way when it ends is finished.
+            max_trials: Trials of the search, for its expected time and disk; None leaves these out.
+            workers: Trials at a time, likewise; as of :meth:`run`.
+
+        Raises:
+            UnsupportedError: A meter, or a baseline that limits are relative to, cannot be measured at all.
+        """
+        check_whole("samples", samples, least=1)
+        check_whole("workers", workers, least=0)
+        if max_trials is not None:
+            check_whole("max_trials", max_trials, least=1)
+        if not is_number(seconds) or not seconds > 0:
+            raise InvalidInputError(f"seconds is {seconds!r}; a positive number is needed")
+        self._check_here(workers)
+        self._check_build()
+        with ExitStack() as stack:
+            away = any(getattr(meter, "on", None) is not None for meter in self.meters)
+            size = {"workers": workers if away else 0, "cpus": 1.0, "gpus": 0.0}
+            worker = self.worker_at(self._bench(size, Silent(), stack)())
+            self._check_meters(worker)
+            events, _ = journal.read(self.folder)
+            limits, waiting = self.limits(events)
+            if waiting:
+                limits, _ = self.limits([*events, *baseline_networks.measured(waiting, self.baselines, worker)])
+            return preflight(
+                dataclasses.replace(worker, constraints=tuple(limits)),
+                self.strategy,
+                self.objectives,
+                samples=samples,
+                seconds=seconds,
+                seed=self.seed,
+                keep_weights=self.keep_weights,
+                trials=max_trials,
+                workers=workers,
+            )
 
     def enqueue(self, architecture: Architecture) -> None:
         """Have an architecture evaluated next, before the strategy is asked again. Kept in the folder."""
@@ -433,11 +579,13 @@ class Study:
         evaluated gives its result again (see ``retrain_duplicates``).
         """
         self._check_architecture(architecture)
-        with self._opened({"evaluate": architecture.id}) as session:
+        self._check_here(0)
+        with self._opened({"evaluate": architecture.id}, Bench) as session:
             search = session.search
             state = "failed"
             try:
                 worker = session.worker_at(Bench())
+                self._check_meters(worker)
                 search.enqueue(architecture)
                 search.begin(Limits(max_trials=10**9))
                 while (assignment := search.next(ask=False)) is not None:
@@ -485,7 +633,11 @@ class Study:
                 )
             parts[name] = part
         parts["objectives"] = [Objective(**objective) for objective in wishes["objectives"]]
-        parts["constraints"] = [Constraint(**constraint) for constraint in wishes["constraints"]]
+        parts["constraints"] = [constraint_from_json(constraint) for constraint in wishes["constraints"]]
+        parts["baselines"] = {
+            name: baseline_networks.from_description(description)
+            for name, description in wishes.get("baselines", {}).items()
+        }
         parts["meters"] = [m for d in wishes["meters"] if (m := restored(d, default=lambda: None)) is not None]
         if len(parts["meters"]) < len(wishes["meters"]) and "meters" not in changes:
             raise FolderError(
@@ -502,11 +654,12 @@ class Study:
         """A tracker for one run of the study; None where there is to be no record but the folder's."""
         return MlflowTracker() if isinstance(self.tracker, str) else self.tracker
 
-    def record(self, header: Mapping[str, Any]) -> StudyRecord:
+    def record(self, header: Mapping[str, Any], limits: Sequence[Constraint] = ()) -> StudyRecord:
         """What a tracker says of this study.
 
         Args:
             header: The journal's first event.
+            limits: The constraints, those relative to a baseline with their bounds, where known.
         """
         folder = self.folder.resolve()
         return StudyRecord(
@@ -519,7 +672,7 @@ class Study:
                 "task": self.task.name,
                 "seed": str(self.seed),
                 "objectives": ", ".join(map(str, self.objectives)),
-                "constraints": ", ".join(map(str, self.constraints)),
+                "constraints": ", ".join(map(str, limits or self.constraints)),
                 "meters": ", ".join(map(repr, self.meters)),
             },
             tags={
@@ -555,8 +708,16 @@ class Study:
         return {"class": type_name(type(tracker))}
 
     @contextmanager
-    def _opened(self, run: Mapping[str, Any] | None) -> Iterator[_Session]:
-        """Hold the folder, bring the search to where its journal ends, and let it go at the end."""
+    def _opened(
+        self, run: Mapping[str, Any] | None, bench: Callable[[], Bench] = Bench, display: Display | None = None
+    ) -> Iterator[_Session]:
+        """Hold the folder, bring the search to where its journal ends, and let it go at the end.
+
+        Args:
+            run: What the session's event says of the run; None where no trial is to be run.
+            bench: Gives the bench that baselines are measured on, where they are not known yet.
+            display: Shows progress.
+        """
         if run is not None:
             self._check_build()
             if run.get("max_trials"):
@@ -584,17 +745,61 @@ class Study:
                 }
                 held.append(header, durable=True)
                 held.events.append(header)
-            yield _Session(self, held, run)
+            if run is not None and self.limits(held.events)[1]:
+                self._measure_baselines(held, bench(), display or Silent())
+            yield _Session(self, held, run, display or Silent())
+
+    # Limits relative to baselines.
+
+    def limits(
+        self, events: Sequence[Mapping[str, Any]] | None = None
+    ) -> tuple[list[Constraint], list[RelativeConstraint]]:
+        """The constraints as numbers, and those that are relative to a baseline that was not measured yet.
+
+        Args:
+            events: The journal's; None reads it.
+        """
+        known = journal.read(self.folder)[0] if events is None else events
+        return baseline_networks.resolved(self.constraints, self.baselines, known, self.meters, self.device)
+
+    def _measure_baselines(self, held: Journal, bench: Bench, display: Display) -> None:
+        """Measure what limits are relative to, into the journal: later runs have the same limits."""
+        waiting = self.limits(held.events)[1]
+        if self.progress:
+            display.say(f"Measuring the {_names({limit.of for limit in waiting})}, which limits are relative to")
+        try:
+            for event in baseline_networks.measured(waiting, self.baselines, self.worker_at(bench)):
+                held.append(event, durable=True)
+                held.events.append(event)
+        except KeyboardInterrupt:
+            raise SearchInterrupted(
+                f"interrupted while a baseline was measured. To go on: {self._how_to_go_on()}"
+            ) from None
+
+    def worker_at(self, bench: Bench, limits: Sequence[Constraint] = ()) -> Worker:
+        """What runs the trials, with the bench that they are measured on."""
+        return Worker(
+            space=self.space,
+            task=self.task,
+            folder=self.folder.resolve(),
+            meters=self.meters,
+            constraints=tuple(limits),
+            device=self.device,
+            threads=self.threads,
+            time_limit_s=self.time_limit_s,
+            bench=bench,
+        )
 
 
 class _Session:
     """One run of a study: its search, joined to journal, tracker and display."""
 
-    def __init__(self, study: Study, held: Journal, run: Mapping[str, Any] | None) -> None:
+    def __init__(self, study: Study, held: Journal, run: Mapping[str, Any] | None, display: Display) -> None:
         self.study = study
         self._is_run = run is not None and "max_trials" in run
-        self.display: Display = Terminal() if study.progress and self._is_run else Silent()
-        history = History(study.space, study.objectives, study.constraints)
+        self.display = display
+        limits, _ = study.limits(held.events)
+        history = History(study.space, study.objectives, limits)
         self.search = Search(
             study.strategy,
             history,
@@ -613,6 +818,7 @@ class _Session:
                     "event": "session",
                     "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
                     **study._wishes(),
+                    "constraints": [limit.to_json() for limit in limits],
                     "settings": study._settings(),
                     "run": dict(run),
                     "versions": study_tags(),
@@ -625,18 +831,7 @@ class _Session:
 
     def worker_at(self, bench: Bench) -> Worker:
         """What runs the trials, with the bench that they are measured on."""
-        study = self.study
-        return Worker(
-            space=study.space,
-            task=study.task,
-            folder=study.folder.resolve(),
-            meters=study.meters,
-            constraints=study.constraints,
-            device=study.device,
-            threads=study.threads,
-            time_limit_s=study.time_limit_s,
-            bench=bench,
-        )
+        return self.study.worker_at(bench, self.search.history.constraints)
 
     def _weights_of(self, number: int) -> Path:
         return trial_folder(self.study.folder, number) / "weights.safetensors"
@@ -703,7 +898,7 @@ class _Session:
         tracker = self.study.open_tracker()
         if tracker is not None:
             self._tracker = Backlog(tracker, say=self.display.say)
-            self._tracker.start(self.study.record(header), self.search.history.trials)
+            self._tracker.start(self.study.record(header, self.search.history.constraints), self.search.history.trials)
 
     def close(self, state: str) -> None:
         """Write what is left: the journal's end, the tables for the record, the tracker's backlog."""
@@ -712,13 +907,40 @@ class _Session:
             over = self.search.over if state == "complete" else ""
             self._journal.append({"event": "end", "state": state, "over": over}, durable=True)
         if self._tracker is not None:
+            if self._is_run and state != "failed":
+                self._put_front(self._tracker)
             self._tracker.end(state)
             left = self._tracker.close(timeout=30.0)
             if left:
                 self.display.say(f"{left} trials are not in the record yet; the next run of the study writes them")
 
+    def _put_front(self, tracker: Backlog) -> None:
+        """Put the front, with its errors, with the study's record."""
+        try:
+            for path in self.result().save_front(self.study.folder):
+                tracker.artifact(path)
+        except Exception as error:  # the search is over and kept; only a table and a picture of it are missing
+            self.display.say(f"the front could not be written for the record: {type(error).__name__}: {error}")
+
     def result(self) -> Result:
         return Result(self.study.folder, self.study.space, self.study.task, self.search.history, self.search.over)
+
+
+@dataclass(frozen=True)
+class _Works:
+    """A job for a bench: has the runtime load and run its smallest network, as every measurement does."""
+
+    runtime: Runtime
+    threads: int
+
+    def __call__(self, bench: Bench) -> None:
+        model, example = anchor_network()
+        with bench.training():
+            self.runtime.load(self.runtime.export(model, example), example, self.threads).run()
+
+
+def _names(names: Collection[str]) -> str:
+    return ("baseline " if len(names) == 1 else "baselines ") + ", ".join(sorted(names))
 
 
 def recorded_tracker(events: Sequence[Mapping[str, Any]]) -> Tracker | None:

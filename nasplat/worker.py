@@ -23,8 +23,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from nasplat.cost.bench import Bench
-from nasplat.cost.meter import BatchMeter, Meter
+from nasplat.architecture import Architecture
+from nasplat.cost.bench import Bench, leaving_owned_cores
+from nasplat.cost.meter import ArchitectureMeter, BatchMeter, Measurement, Meter
 from nasplat.errors import InvalidInputError, NonFiniteError, TimeLimitError
 from nasplat.objectives import Constraint
 from nasplat.phases import Phase
@@ -42,6 +43,9 @@ BATCH_SEED = 0
 
 CHECKPOINT_SECONDS = 20.0
 """A running training is saved so that a kill costs about this long at most, besides the epoch under way."""
+
+SAMPLES = "samples.json"
+"""All single readings of a trial's measurements, by metric, in its folder."""
 
 
 def trial_folder(study: Path, number: int) -> Path:
@@ -81,7 +85,7 @@ class Worker:
         Send False after a report to end the trial there, as ``stopped``.
         """
         clock = _Clock(self.time_limit_s, self.bench)
-        with _threads(self.threads), seeded(assignment.seed):
+        with leaving_owned_cores(), _threads(self.threads), seeded(assignment.seed):
             try:
                 proposal = assignment.proposal
                 if isinstance(proposal, Explore):
@@ -98,14 +102,41 @@ class Worker:
 
     def build(self, proposal: Evaluate, example: torch.Tensor) -> nn.Module:
         """The network of a proposal, on the device, lazy layers made."""
-        model = self.space.build(proposal.architecture).to(self.device)
+        return self.settle(self.space.build(proposal.architecture), example)
+
+    def settle(self, model: nn.Module, example: torch.Tensor) -> nn.Module:
+        """A network on the device, lazy layers made, ready to be measured or trained."""
+        model = model.to(self.device)
         if any(is_lazy(parameter) for parameter in model.parameters()):
             with torch.no_grad():
                 model.eval()(example)
             model.train()
         return lay_out(model)
 
-    def _measure(self, model: nn.Module, example: torch.Tensor, trained: bool, found: _Found) -> str:
+    @contextmanager
+    def prepared(self, seed: int) -> Iterator[None]:
+        """Around what is done outside a trial: threads and global generators as in one, and given back at the end."""
+        with leaving_owned_cores(), _threads(self.threads), seeded(seed):
+            yield
+
+    def costs(
+        self, model: nn.Module, example: torch.Tensor, architecture: Architecture | None = None
+    ) -> Measurement:
+        """All that is known of a built network without training, limits or no limits; ``measure_seconds`` among it.
+
+        Args:
+            model: The network.
+            example: One input.
+            architecture: The network's; None where it is of no space, and nothing can be predicted.
+        """
+        found = _Found()
+        replace(self, constraints=())._measure(architecture, model, example, False, found)
+        metrics = {**found.metrics, "measure_seconds": found.measure_seconds}
+        return Measurement(metrics, found.samples, found.facts)
+
+    def _measure(
+        self, architecture: Architecture | None, model: nn.Module, example: torch.Tensor, trained: bool, found: _Found
+    ) -> str:
         """Measure, meter by meter, until a hard limit is broken: gives the limits that are, in words."""
         for meter in self.meters:
             if meter.trained is not trained:
@@ -114,6 +145,8 @@ class Worker:
             if isinstance(meter, BatchMeter):
                 x, y = self._batch(meter.examples, example.device)
                 measurement = meter.measure_batch(model, x, y, self.task.compute_loss, self.bench)
+            elif isinstance(meter, ArchitectureMeter):
+                measurement = meter.measure_architecture(architecture, model, example, self.bench)
             else:
                 measurement = meter.measure(model, example, self.bench)
             found.metrics.update(_finite(measurement.values))
@@ -153,8 +186,9 @@ class Worker:
         device = torch.device(self.device)
         example = place(self.task.example(), device)
         model = self.build(proposal, example)
-        broken = self._measure(model, example, False, found)
+        broken = self._measure(proposal.architecture, model, example, False, found)
         if broken:
+            self._save_samples(assignment.number, found)
             yield found.outcome("infeasible", broken)
             return
         if proposal.budget == 0 and proposal.weights_of is not None and assignment.source is None:
@@ -187,7 +221,7 @@ class Worker:
         if epochs:
             found.metrics["train_seconds"] = spent
         model.eval()
-        self._measure(model, example, True, found)
+        self._measure(proposal.architecture, model, example, True, found)
         if epochs or proposal.weights_of is not None:
             goes_on = proposal.budget < 1
             self._save(training, assignment.number, found, first, last, goes_on=goes_on, stopped=stopped)
@@ -220,7 +254,7 @@ class Worker:
             if any(meter.trained for meter in self.meters):
                 self.space.inherit(model, None, supernet.state_dict())
                 model.eval()
-                self._measure(model, example, True, found)
+                self._measure(proposal.architecture, model, example, True, found)
         self._save_samples(assignment.number, found)
         return found.outcome("complete")
 
@@ -280,7 +314,7 @@ class Worker:
         if found.samples:
             folder = trial_folder(self.folder, number)
             folder.mkdir(parents=True, exist_ok=True)
-            (folder / "samples.json").write_text(json.dumps(found.samples))
+            (folder / SAMPLES).write_text(json.dumps(found.samples))
 
     def _call(
         self, assignment: Assignment, proposal: Evaluate, clock: _Clock
@@ -291,7 +325,8 @@ class Worker:
         if self.meters:
             example = place(self.task.example(), torch.device(self.device))
             model = self.build(proposal, example)
-            broken = self._measure(model, example, False, found)
+            broken = self._measure(proposal.architecture, model, example, False, found)
+            self._save_samples(assignment.number, found)
             if broken:
                 yield found.outcome("infeasible", broken)
                 return

@@ -66,6 +66,12 @@ def test_help(command: list[str]) -> None:
         assert "Exit codes" in done.stdout and "130" in done.stdout
 
 
+def test_runtimes_are_listed_with_what_they_find_here() -> None:
+    text = call("runtimes").stdout
+    assert "nasplat.runtimes.onnx_runtime:OnnxRuntime" in text
+    assert "providers CPUExecutionProvider" in text
+
+
 def test_spaces_are_listed_with_parameters_and_presets() -> None:
     text = call("spaces").stdout
     assert "search_spaces.bats:Bats" in text
@@ -252,6 +258,14 @@ def test_show(study: Path) -> None:
     assert "complete: 3 of 3 trials" in done.stdout and "Pareto front" in done.stdout
     assert "maximise val_accuracy, minimise params" in done.stdout
     assert "1 more" in done.stdout and "No MLflow record" in done.stdout
+
+
+def test_show_one_trial_and_a_picture_of_the_front(study: Path, tmp_path: Path) -> None:
+    text = call("show", study, "--trial", "1").stdout
+    assert text.startswith("trial 1, architecture ") and "genes" in text and "val_accuracy" in text
+    assert call("show", study, "--trial", "9").exit_code == 1
+    done = call("show", study, "--plot", tmp_path / "front.png")
+    assert done.exit_code == 0 and (tmp_path / "front.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_show_as_csv(study: Path) -> None:

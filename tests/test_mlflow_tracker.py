@@ -212,6 +212,25 @@ def test_an_exploration_has_its_settings_and_what_it_found(study):
     assert "architecture.json" not in record["files"]
 
 
+def test_readings_and_facts_of_each_measurement_go_with_the_trial(study):
+    folder = study.folder / "trials"
+    for number in (0, 1):
+        (folder / f"{number:05d}").mkdir(parents=True)
+        (folder / f"{number:05d}" / "samples.json").write_text(json.dumps({"latency_ms": [2.4, 2.5, float(number)]}))
+    facts = {"latency_ms": {"runtime": "onnxruntime", "threads": 1, "file_sha256": "abc", "suspect": "disturbed"}}
+    spread = {"latency_ms": 2.5, "latency_ms_mad": 0.1, "latency_ms_block_sd": 0.2, "latency_ms_suspect": 1.0}
+    tracker = MlflowTracker()
+    tracker.start(study)
+    tracker.log(evaluate(0, state="complete", metrics=spread, facts=facts, finished=11.0))
+    tracker.log(evaluate(1, state="complete", metrics=spread, copy_of=0, finished=11.0))
+    tracker.log(evaluate(2, state="complete", metrics={"accuracy": 1.0}, finished=11.0))
+    found = contents(study)
+    assert json.loads(found["0"]["files"]["samples.json"]) == {"latency_ms": [2.4, 2.5, 0.0]}
+    assert json.loads(found["0"]["files"]["facts.json"]) == facts
+    assert found["0"]["metrics"] == {name: [(0, str(value))] for name, value in spread.items()}
+    assert all("samples.json" not in found[number]["files"] for number in ("1", "2"))  # a copy measured nothing
+
+
 def test_names_and_values_that_mlflow_would_refuse(study):
     genes = {"budget": "mine", "a//b": 1, "a_b": 2, "../up": 3, "ü(x)": 4, "long": "x" * 9000, "n" * 300: 5, "": 6}
     trial = Trial(

@@ -3,9 +3,10 @@ from typing import Any
 
 import pytest
 
+from nasplat.errors import InvalidInputError
 from nasplat.journal import Journal
 from nasplat.objectives import at_most, maximise, minimise
-from nasplat.report import WIDTH, counts, front, leaderboard, record, status
+from nasplat.report import WIDTH, counts, front, leaderboard, record, status, trial
 from nasplat.result import Result
 from nasplat.strategy import Evaluate, History, Trial
 from nasplat.testing.landscapes import Levels
@@ -21,7 +22,7 @@ def result_of(*rows: dict[str, Any], folder: Path = Path("study")) -> Result:
         genes = {"x0": number % 4, "x1": number // 4, "x2": 0}
         history.start(Trial(number, Evaluate(SPACE.architecture(genes), row.pop("budget", 1.0))))
         state = row.pop("state", "complete")
-        extra = {name: row.pop(name) for name in ("reason", "copy_of") if name in row}
+        extra = {name: row.pop(name) for name in ("reason", "copy_of", "facts") if name in row}
         if state != "running":
             history.finish(number, state=state, metrics=row, finished=1.0, **extra)
     return Result(folder, SPACE, None, history)
@@ -58,6 +59,77 @@ def test_units_and_spread() -> None:
     assert "model [kB]" in table and "12.3" in table
     assert "train [s]" in table
     assert "median absolute deviation" in table
+
+
+def test_measurements_that_cannot_be_trusted_and_binary_networks_that_are_not_faster_are_marked() -> None:
+    disturbed = {"latency_ms": {"suspect": "0 of 16 blocks were quiet"}}
+    table = leaderboard(
+        result_of(
+            good(0.9, 1.0, latency_ms_suspect=1.0),
+            good(0.8, 1.0, latency_ms_suspect=0.0, latency_ms_not_faster=1.0, latency_ms_speedup_fp32=0.5),
+            good(0.7, 2.0, latency_ms_not_faster=0.0, latency_ms_speedup_fp32=3.0),
+            good(0.6, 2.0, facts=disturbed),
+        )
+    )
+    rows = [line.split() for line in table.splitlines()[2:6]]
+    assert [row[1:3] for row in rows] == [["0", "*?"], ["1", "="], ["2", "0.7000"], ["3", "?"]]
+    said = " ".join(table.split())
+    assert "? the machine was disturbed" in said and "= binary, and not faster" in said
+    assert "fp32 speed-up" in table and "0.50x" in table and "3.00x" in table
+    clean = leaderboard(result_of(good(0.9, 1.0, latency_ms_suspect=0.0, latency_ms_not_faster=0.0)))
+    assert "disturbed" not in clean and "not faster" not in clean
+
+
+def test_predicted_costs_are_marked_and_their_quality_is_said() -> None:
+    checks = [good(0.7, x, latency_ms_predicted=1.1 * x, latency_ms_prediction_error=0.1) for x in (1.0, 2.0, 3.0)]
+    table = leaderboard(result_of(good(0.9, 5.0, latency_ms_predicted=5.0), *checks))
+    assert table.splitlines()[2].split()[2] == "*p" and "p a cost was predicted" in table
+    assert "over 3 candidates that were measured as well: median error 10.0%, Kendall's tau 1.00" in " ".join(
+        table.split()
+    )
+    assert "predict" not in leaderboard(result_of(good(0.9, 5.0)))
+
+
+def timed(accuracy: float, latency: float, **more: Any) -> dict[str, Any]:
+    return good(accuracy, latency, latency_ms_block_sd=0.0, **more)
+
+
+def test_a_front_has_errors_and_ties() -> None:
+    result = result_of(timed(0.80, 0.618), timed(0.70, 0.617), timed(0.60, 0.294), timed(0.65, 0.617))
+    text = front(result)
+    assert numbers(text) == [0, 1, 3, 2]
+    # 1 % of 0.618 is 0.006; 0.617 is not told apart from it, so 1 is on the front as measured and 3 may be.
+    assert "0.6180 ±0.0062" in text and "± is the standard error" in text
+    assert [line.split()[2] for line in text.splitlines()[2:6]][2] == "o" and "o may be on it" in text
+    assert any(line.startswith("tied in latency_ms (95%): ") for line in text.splitlines())
+    (tie,) = [line for line in text.splitlines() if line.startswith("tied in")]
+    assert sorted(tie.partition(": ")[2].split(", ")) == ["0", "1", "3"]
+    assert "0.8000" in text  # its error is not known
+    assert max(map(len, text.splitlines())) <= WIDTH
+
+
+def test_a_front_with_little_room_leaves_out_what_may_be_on_it_first() -> None:
+    result = result_of(timed(0.80, 0.618), timed(0.70, 0.617), timed(0.65, 0.6172), timed(0.60, 0.294))
+    text = front(result, limit=3)
+    assert numbers(text) == [0, 1, 3]
+    assert "1 more, which may be on it" in text
+
+
+def test_all_of_a_trial() -> None:
+    facts = {"latency_ms": {"runtime": "packed", "threads": 1, "file_sha256": "abc", "suspect": "0 of 16 were quiet"}}
+    twins = {"latency_ms_fp32": 3.0, "latency_ms_speedup_fp32": 1.5, "latency_ms_not_faster": 0.0}
+    row = timed(0.8, 2.0, latency_ms_suspect=1.0, latency_ms_samples=480.0, facts=facts, **twins)
+    text = trial(result_of(row, {"state": "failed", "reason": "NaN"}), 0)
+    assert "trial 0, architecture " in text and ": complete" in text
+    assert "x0  0" in text
+    lines = {line.split()[0]: line for line in text.splitlines() if line.strip()}
+    assert "2.00 ±0.20 ms" in lines["latency_ms"] and "readings 480" in lines["latency_ms"]  # 10 %: it is suspect
+    assert "3 ms; speed-up 1.5" in lines["fp32"]
+    assert "measurement of latency_ms" in text and "file_sha256  abc" in text and "0 of 16 were quiet" in text
+    assert max(map(len, text.splitlines())) <= WIDTH
+    assert "failed" in trial(result_of({"state": "failed", "reason": "NaN"}), 0)
+    with pytest.raises(InvalidInputError, match="legal: 0 to 0"):
+        trial(result_of(row), 1)
 
 
 def test_counts_have_suffixes() -> None:

@@ -43,6 +43,7 @@ from nasplat import (
     minimise,
     space_from,
 )
+from nasplat.cost.timing import Schedule
 from nasplat.errors import (
     FolderError,
     FolderInUseError,
@@ -87,7 +88,7 @@ def test_the_call_end_to_end_on_digits(folder, capsys):
     study = Study(
         space=Conv(), strategy=Drawn(), task=task, objectives=[maximise("val_accuracy"), minimise("latency_ms")],
         constraints=[at_most("params", 1300)], seed=0, folder=folder, tracker=None,
-        meters=[Latency(repeats=5, seconds=0.0)],
+        meters=[Latency(schedule=Schedule(blocks=2, seconds=0.0, patience_s=0.05))],
     )  # fmt: skip
     result = study.run(max_trials=3)
     table, front = result.table(), result.front()

@@ -62,6 +62,7 @@ def test_an_evaluation_reports_each_epoch_and_ends_complete(worker):
     assert without_seconds(outcome.metrics) == {
         **reports[-1].metrics, "params": 43.0, "macs": 28.0, "bops": 0.0, "flops": outcome.metrics["flops"],
         "ops": outcome.metrics["ops"], "model_bytes": outcome.metrics["model_bytes"],
+        "uncounted_ops": 0.0,
     }  # fmt: skip
     assert outcome.metrics["train_seconds"] > 0 and outcome.metrics["measure_seconds"] > 0
     state = load_file(trial_folder(worker.folder, 0) / "weights.safetensors")
@@ -656,6 +657,30 @@ class Weight:
 
     def measure(self, model, example, bench):
         return Measurement({"weight": float(model.stem.norm.running_mean.sum())}, {"weight": [1.0]})
+
+
+@dataclass(frozen=True)
+class Reading:
+    """A meter with a single reading."""
+
+    metrics = ("reading",)
+    trained = False
+
+    def measure(self, model, example, bench):
+        return Measurement({"reading": 1.0}, {"reading": [1.0]})
+
+
+def test_readings_are_kept_of_functions_and_of_what_breaks_a_limit(tmp_path):
+    space = MetaKernel.small(stages=((8, 1, 2),), head_channels=8)
+    given = assignment(0, space.sample(np.random.default_rng(0)))
+    for name, limit, state in (("a", 2, "complete"), ("b", 0, "infeasible")):
+        task = Task.from_function(lambda architecture, budget, seed: {"score": 1.0}, example=Task.digits().example())
+        for part, judged in (("function", task), ("data", Task.digits(limit=64, epochs=1))):
+            folder = tmp_path / name / part
+            worker = Worker(space, judged, folder, (Reading(),), (at_most("reading", limit),))
+            outcome = run(worker, given)[-1]
+            assert outcome.state == state, outcome.traceback
+            assert (trial_folder(folder, 0) / "samples.json").read_text() == '{"reading": [1.0]}'
 
 
 def test_meters_that_need_weights_get_the_inherited_ones(tmp_path):

@@ -22,7 +22,8 @@ EPILOG = """\
 - 0: done
 - 1: nasplat refused or failed; the reason is on stderr
 - 2: the command line is wrong
-- 3: the study ended without a candidate that was trained in full and keeps the limits
+- 3: the study ended without a candidate that was trained in full and keeps the limits; a pre-flight: no sampled
+  network keeps them
 - 130: interrupted with Ctrl-C; nothing is lost, and stderr says how to go on
 
 Tables and answers go to stdout, progress and warnings to stderr.

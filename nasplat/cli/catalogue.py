@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import re
+from collections.abc import Callable
 from typing import Any
 
 import typer
@@ -35,7 +36,22 @@ def strategies() -> None:
     _list(plugins.EXPLORERS)
 
 
-def _list(group: str) -> None:
+@app.command()
+def runtimes() -> None:
+    """List the installed runtimes, where latency is measured, with their parameters and what they find on this machine.
+
+    Latency is measured on one by its name: Latency("onnxruntime_int8")
+    """
+    _list(plugins.RUNTIMES, lambda kind: ", ".join(f"{name} {value}" for name, value in kind().facts().items()))
+
+
+def _list(group: str, here: Callable[[Any], str] | None = None) -> None:
+    """Print the plug-ins of a group.
+
+    Args:
+        group: Entry-point group.
+        here: What a class finds on this machine.
+    """
     points = plugins.installed(group)
     if not points:
         typer.echo(f"none installed (entry-point group {group})")
@@ -50,6 +66,11 @@ def _list(group: str) -> None:
             continue
         console.print(Text.assemble((name, "bold"), f"  {point.value}"))
         console.print(Text(f"  {_first_line(kind)}"))
+        if here is not None:
+            try:
+                console.print(Text(f"  here: {here(kind)}"))
+            except Exception as error:  # likewise
+                console.print(Text(f"  here: {type(error).__name__}: {error}"))
         table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 2, 0, 0))
         for header in ("  parameter", "type", "default", "meaning"):
             table.add_column(header, overflow="fold")

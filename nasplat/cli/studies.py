@@ -12,9 +12,10 @@ from typing import Annotated, Any
 
 import typer
 
-from nasplat import journal, plugins, report
+from nasplat import journal, report
 from nasplat.cli.app import NOTHING_FOUND, Folder, Hours, Quiet, Record, Which, app, say
-from nasplat.cli.values import DEFAULT_PRESET, TASKS, assignments, constraint_of, objective_of, plugin_of, task_of
+from nasplat.cli.asking import Trials, Workers, asks_for_a_study, tracker_of
+from nasplat.cli.values import objective_of
 from nasplat.errors import FolderError, InvalidInputError
 from nasplat.objectives import Constraint, Objective
 from nasplat.result import Candidate, Result, load
@@ -24,55 +25,12 @@ from nasplat.study import Study, recorded_tracker
 
 
 @app.command()
+@asks_for_a_study
 def search(
-    space: Annotated[
-        str,
-        typer.Option(
-            metavar="NAME[:PRESET]",
-            help=f"Search space. A plain name takes the preset '{DEFAULT_PRESET}' where the space has one.",
-            show_default=False,
-        ),
-    ],
-    task: Annotated[str, typer.Option(metavar="NAME", help=f"Task: {', '.join(TASKS)}.", show_default=False)],
-    folder: Annotated[
-        Path,
-        typer.Option(metavar="DIR", help="The study's folder; made, or gone on with if it holds the same study."),
-    ],
-    strategy: Annotated[str, typer.Option(metavar="NAME[:PRESET]", help="Strategy.")] = "regularized_evolution",
-    space_param: Annotated[
-        list[str] | None, typer.Option("--space-param", "-s", metavar="KEY=VALUE", help="Parameter of the space.")
-    ] = None,
-    strategy_param: Annotated[
-        list[str] | None, typer.Option("--strategy-param", "-p", metavar="KEY=VALUE", help="Parameter of the strategy.")
-    ] = None,
-    task_param: Annotated[
-        list[str] | None,
-        typer.Option("--task-param", "-t", metavar="KEY=VALUE", help="Parameter of the task: epochs, size, lr, ..."),
-    ] = None,
-    objective: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="max:METRIC",
-            help="Or min:METRIC; may be repeated, the first names the best. Default: max:val_accuracy.",
-        ),
-    ] = None,
-    constraint: Annotated[
-        list[str] | None,
-        typer.Option(metavar="'METRIC<=X'", help="Hard limit, or 'METRIC>=X'; may be repeated."),
-    ] = None,
-    trials: Annotated[int, typer.Option(metavar="N", help="Trials over all runs of the study.")] = 20,
+    study: Study,
+    trials: Trials = 20,
     hours: Hours = None,
-    workers: Annotated[int, typer.Option(metavar="W", help="Trials at a time, on Ray; 0: one by one, here.")] = 0,
-    seed: Annotated[int, typer.Option(metavar="S", help="Of everything random.")] = 0,
-    device: Annotated[str, typer.Option(metavar="DEVICE", help="Where to train and measure: cpu, cuda.")] = "cpu",
-    threads: Annotated[int, typer.Option(metavar="N", help="Threads of torch for each trial.")] = 1,
-    time_limit: Annotated[
-        float | None, typer.Option(metavar="SECONDS", help="A trial that takes longer has failed.")
-    ] = None,
-    tracker: Annotated[Record, typer.Option(help="Where to record, beside the folder.")] = Record.MLFLOW,
-    experiment: Annotated[
-        str | None, typer.Option(metavar="NAME", help="MLflow experiment. Default: nasplat.", show_default=False)
-    ] = None,
+    workers: Workers = 0,
     quiet: Quiet = False,
 ) -> None:
     """Search a space with a strategy on a task.
@@ -82,6 +40,10 @@ def search(
 
     Values of -s, -p and -t follow the parameter's type, or are JSON. A parameter that is a plug-in itself is named, and
     its own parameters follow a dot. The commands `nasplat spaces` and `nasplat strategies` list what there is.
+
+    A limit may be a share of a baseline network, which is measured before the search:
+    --baseline reference=architecture.json --constraint 'latency_ms<=60% of reference'. What an export writes as
+    architecture.json is one; so are genes, --baseline 'reference={"channels": 8}'.
 
     A small search on two workers:
 
@@ -100,20 +62,7 @@ def search(
             -p explorer.epochs=5 -p explorer.warmup=2
             --task fashion-mnist -t size=16 --trials 2 --folder runs/c
     """
-    study = Study(
-        space=plugin_of(plugins.SPACES, space, assignments(space_param, "--space-param")),
-        strategy=plugin_of(plugins.STRATEGIES, strategy, assignments(strategy_param, "--strategy-param")),
-        task=task_of(task, assignments(task_param, "--task-param")),
-        objectives=[objective_of(text) for text in objective or ["max:val_accuracy"]],
-        constraints=[constraint_of(text) for text in constraint or []],
-        seed=seed,
-        folder=folder,
-        tracker=_tracker(tracker, experiment),
-        device=device,
-        threads=threads,
-        time_limit_s=time_limit,
-        progress=not quiet,
-    )
+    study.progress = not quiet
     if not quiet:
         say(f"Searching {study.space!r} with {study.strategy!r}")
     _finish(study.run(trials, max_hours=hours, workers=workers))
@@ -155,7 +104,7 @@ def resume(
         if events and not last:
             raise typer.BadParameter("the study was never run, so say how many trials: --trials N")
         trials = int(last.get("max_trials", 0))
-    changes = {} if tracker is None else {"tracker": _tracker(tracker, None)}
+    changes = {} if tracker is None else {"tracker": tracker_of(tracker, None)}
     study = Study.resume(folder, progress=not quiet, **changes)
     result = study.run(
         trials,
@@ -166,16 +115,6 @@ def resume(
         max_proposals=last.get("max_proposals"),
     )
     _finish(result)
-
-
-def _tracker(record: Record, experiment: str | None) -> Any:
-    if record is Record.NONE:
-        return None
-    if experiment is None:
-        return "mlflow"
-    from nasplat.mlflow_tracker import MlflowTracker
-
-    return MlflowTracker(experiment=experiment)
 
 
 def _finish(result: Result) -> None:
@@ -197,11 +136,33 @@ def show(
     folder: Folder,
     limit: Annotated[int, typer.Option(metavar="N", help="Rows of the leaderboard.", min=1)] = 10,
     csv: Annotated[bool, typer.Option("--csv", help="All trials, genes and metrics as CSV instead.")] = False,
+    trial: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="All of one trial instead: genes, metrics with their errors, how each was measured.",
+            show_default=False,
+        ),
+    ] = None,
+    plot: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Draw the front, with errors and ties: a name in .svg, .png or .pdf.",
+            show_default=False,
+        ),
+    ] = None,
 ) -> None:
     """Show a study: the leaderboard, the front, what failed and why, where it stands. Also while it runs."""
     result = load(folder)
     if csv:
         typer.echo(result.table().to_csv(), nl=False)
+        return
+    if trial is not None:
+        typer.echo(report.trial(result, trial))
+        return
+    if plot is not None:
+        typer.echo(f"{result.plot_front(plot)}: the front of {folder}")
         return
     typer.echo(f"{folder}: {report.status(folder)}")
     history = result.history

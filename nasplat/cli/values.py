@@ -9,19 +9,26 @@ import re
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal, Union
 
 import typer
 
 from nasplat import plugins
+from nasplat.architecture import Architecture
 from nasplat.errors import InvalidInputError
-from nasplat.objectives import Constraint, Objective, at_least, at_most, maximise, minimise
+from nasplat.objectives import Constraint, Objective, RelativeConstraint, at_least, at_most, maximise, minimise
 from nasplat.task import Recipe, Task
 
 DEFAULT_PRESET = "small"
 """The preset that a plug-in's plain name takes, where it has one: what runs on a laptop."""
 
-PLUGIN_ANNOTATIONS = {"SearchSpace": plugins.SPACES, "Strategy": plugins.STRATEGIES, "Explorer": plugins.EXPLORERS}
+PLUGIN_ANNOTATIONS = {
+    "SearchSpace": plugins.SPACES,
+    "Strategy": plugins.STRATEGIES,
+    "Explorer": plugins.EXPLORERS,
+    "Runtime": plugins.RUNTIMES,
+}
 """Parameters of these types are plug-ins themselves, named on the command line."""
 
 TASKS: Mapping[str, Callable[..., Task]] = {"fashion-mnist": Task.fashion_mnist, "digits": Task.digits}
@@ -47,18 +54,43 @@ def objective_of(text: str) -> Objective:
     return makers[sense](metric)
 
 
-def constraint_of(text: str) -> Constraint:
-    """The limit that ``METRIC<=X`` or ``METRIC>=X`` stands for."""
-    match = re.fullmatch(r"\s*([\w\-./ ]+?)\s*(<=|>=)\s*(\S+)\s*", text)
+def constraint_of(text: str) -> Constraint | RelativeConstraint:
+    """The limit that ``METRIC<=X`` or ``METRIC>=X`` stands for; X is a number, ``60%`` or ``60% of NAME``."""
+    match = re.fullmatch(r"\s*([\w\-./ ]+?)\s*(<=|>=)\s*(\S.*?)\s*", text)
     try:
         if match is None:
             raise ValueError(text)
-        bound = float(match[3])
+        make = at_most if match[2] == "<=" else at_least
+        if "%" not in match[3]:
+            return make(match[1], float(match[3]))
+        share = re.fullmatch(r"([^%]+%)(?:\s*of\s+(\S.*))?", match[3])
+        if share is None:
+            raise ValueError(text)
+        return make(match[1], share[1], share[2] or "")
     except ValueError as error:
         raise typer.BadParameter(
-            f"{text!r}; 'METRIC<=NUMBER' or 'METRIC>=NUMBER' is needed", param_hint="--constraint"
+            f"{text!r}; 'METRIC<=NUMBER' or 'METRIC>=NUMBER' is needed, or a positive percentage of a baseline: "
+            "'METRIC<=60%', 'METRIC<=60% of NAME'",
+            param_hint="--constraint",
         ) from error
-    return at_most(match[1], bound) if match[2] == "<=" else at_least(match[1], bound)
+
+
+def baseline_of(name: str, text: str) -> Architecture | dict[str, Any]:
+    """The baseline of ``NAME=FILE`` or ``NAME=GENES``: an architecture as exports write it, or genes as JSON."""
+    try:
+        if text.lstrip().startswith("{"):
+            held = json.loads(text)
+            return Architecture.from_json(text) if {"space", "genes"} <= set(held) else dict(held)
+        path = Path(text)
+        if path.is_dir() and (path / "architecture.json").exists():
+            path = path / "architecture.json"
+        return Architecture.from_json(path.read_text())
+    except (OSError, ValueError) as error:
+        raise typer.BadParameter(
+            f"{name}={text}: {error}. The file architecture.json of an export is needed, or genes as JSON: "
+            f'{name}={{"channels": 8}}',
+            param_hint="--baseline",
+        ) from error
 
 
 def task_of(name: str, given: Mapping[str, str]) -> Task:

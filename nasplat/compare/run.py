@@ -18,7 +18,7 @@ from nasplat.compare.comparison import Comparison, report_of
 from nasplat.compare.statistics import Centre
 from nasplat.compare.trace import Terms, trace_of
 from nasplat.compare.verdict import listed, number
-from nasplat.errors import FolderMismatchError, InvalidInputError, NasplatWarning, SearchInterrupted
+from nasplat.errors import FolderMismatchError, InvalidInputError, NasplatWarning, SearchInterrupted, UnsupportedError
 from nasplat.identity import canonical, describe
 from nasplat.mlflow_tracker import MlflowTracker
 from nasplat.objectives import Constraint, Objective
@@ -229,6 +229,12 @@ def _copied(study: Study, **changes: Any) -> Study:
 def _check_alike(made: Mapping[str, Study]) -> None:
     """Refuse arms that cannot be compared before anything runs."""
     (first, one), *others = made.items()
+    for study in made.values():
+        if waiting := study.limits()[1]:
+            raise UnsupportedError(
+                f"{waiting[0]}: each study would measure the baseline for itself, and arms would be held to different "
+                "limits. Give all of them one limit in numbers: result.history.constraints of a study that measured it"
+            )
     for name, study in others:
         for part in ("space", "task", "objectives", "constraints", "device", "threads", "time_limit_s"):
             there, here = getattr(one, part), getattr(study, part)
@@ -342,7 +348,12 @@ def _so_far(study: Study) -> Result | None:
     objectives, constraints = Terms.of(result).made()
     for part, same, there, here in (
         ("objectives", objectives == study.objectives, objectives, study.objectives),
-        ("constraints", constraints == study.constraints, constraints, study.constraints),
+        (
+            "constraints",
+            [limit.wish for limit in constraints] == [limit.wish for limit in study.constraints],
+            constraints,
+            study.constraints,
+        ),
     ):
         if not same:
             was, now = (", ".join(map(str, wishes)) or "none" for wishes in (there, here))

@@ -16,7 +16,7 @@ from nasplat.compare.budget import COST, Budget
 from nasplat.compare.curves import best_so_far
 from nasplat.compare.statistics import Floats
 from nasplat.errors import UnsupportedError
-from nasplat.objectives import Constraint, Objective, hypervolume
+from nasplat.objectives import Constraint, Objective, constraint_from_json, hypervolume
 from nasplat.result import Candidate, Result, header_of
 from nasplat.strategy import Evaluate, History, Trial
 
@@ -316,5 +316,5 @@ class Terms:
         """Objectives and constraints as objects."""
         return (
             tuple(Objective(**objective) for objective in self.objectives),
-            tuple(Constraint(**constraint) for constraint in self.constraints),
+            tuple(limit for limit in map(constraint_from_json, self.constraints) if isinstance(limit, Constraint)),
         )

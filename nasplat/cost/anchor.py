@@ -6,9 +6,11 @@ What it took on this machine before is kept beside the bench's locks, so that a 
 from __future__ import annotations
 
 import json
+import math
 from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,8 +22,12 @@ from nasplat.seeding import seeded
 KEPT = 200
 """Measurements whose anchors are remembered, per runtime and number of threads."""
 
-QUICK_SHARE = 0.2
-"""The share of remembered anchors that were as quick as the reference."""
+QUICK_SHARE = 0.05
+"""The share of remembered anchors that were as quick as the reference: so many measurements of a machine that got
+slower for good are flagged until they outvote those before."""
+
+ENOUGH = 5
+"""Measurements on record from which on it is trusted."""
 
 VERSION = 1
 
@@ -58,7 +64,7 @@ class AnchorRecord:
     def __init__(self, folder: Path) -> None:
         self._path = folder / f"anchors-{VERSION}.json"
 
-    def _read(self) -> dict[str, list[float]]:
+    def _read(self) -> dict[str, Any]:
         with suppress(OSError, ValueError):
             held = json.loads(self._path.read_text())
             if isinstance(held, dict):
@@ -71,13 +77,27 @@ class AnchorRecord:
         Args:
             key: Names runtime, threads and processor.
         """
-        held = sorted(float(value) for value in self._read().get(key, []))
-        return held[int(QUICK_SHARE * (len(held) - 1))] if held else float("inf")
+        held = sorted(self._held(key))
+        return held[int(QUICK_SHARE * (len(held) - 1))] if held else math.inf
+
+    def is_young(self, key: str) -> bool:
+        """Whether too little is on record to tell a quiet machine from a busy one."""
+        return len(self._held(key)) < ENOUGH
+
+    def _held(self, key: str) -> list[float]:
+        """What the file has under a key. It may be damaged, but must not stop a measurement."""
+        held = self._read().get(key)
+        good = (
+            [value for value in held if type(value) in (int, float) and 0 < value < math.inf]
+            if isinstance(held, list)
+            else []
+        )
+        return [float(value) for value in good]
 
     def add(self, key: str, value: float) -> None:
         """Remember the anchor of one measurement, in ms. Only while the bench is held."""
         held = self._read()
-        held[key] = [*held.get(key, []), value][-KEPT:]
+        held[key] = [*self._held(key), value][-KEPT:]
         temporary = self._path.with_suffix(".tmp")
         temporary.write_text(json.dumps(held))
         temporary.replace(self._path)

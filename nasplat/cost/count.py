@@ -12,9 +12,9 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -24,8 +24,17 @@ from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 from nasplat.errors import InvalidInputError, UnsupportedError
 from nasplat.nn.binary import BinaryConv2d
 
+if TYPE_CHECKING:
+    import pandas as pd
+
 BOPS_PER_OP = 64
 """Binary multiply-accumulates that count as one operation: the bits of a machine word."""
+
+MODULE_COLUMNS = (
+    "module", "type", "output", "calls", "params", "macs", "bops", "conv_macs_real", "flops", "ops", "model_bytes",
+    "uncounted",
+)  # fmt: skip
+"""Of :func:`count_modules`."""
 
 
 def _names(text: str) -> frozenset[str]:
@@ -35,7 +44,7 @@ def _names(text: str) -> frozenset[str]:
 # Names of torch operators, without the underscore that marks the in-place variant.
 _FREE = _names(
     """
-    alias arange argmax argmin bernoulli bitwise_and bitwise_not bitwise_or cat channel_shuffle clone
+    alias arange argmax argmin as_strided bernoulli bitwise_and bitwise_not bitwise_or cat channel_shuffle clone
     constant_pad_nd contiguous copy detach detach_copy embedding empty empty_like empty_permuted empty_strided eq
     exponential fill flip full full_like gather ge gt index index_put index_select isfinite isinf isnan le
     lift_fresh lift_fresh_copy logical_and logical_not logical_or lt masked_fill native_dropout ne new_empty
@@ -119,6 +128,90 @@ def count(model: nn.Module, example: Tensor, *, elementwise: int = 1) -> Counts:
         InvalidInputError: ``example`` is not one example, or ``elementwise`` is negative.
         UnsupportedError: The model cannot be copied.
     """
+    own, counter = _counted(model, example, elementwise)
+    tallies = counter.tallies.values()
+    bops, real_macs = sum(one.bops for one in tallies), sum(one.real_macs for one in tallies)
+    flops = real_macs + sum(one.elements for one in tallies)
+    return Counts(
+        params=sum(parameter.numel() for parameter in own.parameters()),
+        macs=bops + real_macs,
+        bops=bops,
+        conv_macs_real=real_macs,
+        flops=flops,
+        ops=flops + bops / BOPS_PER_OP,
+        model_bytes=_model_bytes(own),
+        uncounted=tuple(counter.uncounted),
+    )
+
+
+def count_modules(model: nn.Module, example: Tensor, *, elementwise: int = 1) -> pd.DataFrame:
+    """Count as :func:`count` does, module by module: what each does itself, without the modules that it holds.
+
+    So the columns add up to what :func:`count` gives. A module that is called several times, under whatever names, is
+    one row. A parameter that several modules share belongs to the first of them.
+
+    Args:
+        model: As of :func:`count`.
+        example: As of :func:`count`.
+        elementwise: As of :func:`count`.
+
+    Returns:
+        A row for each module that holds or computes something, and for each called one that holds no other, in the
+        order of ``named_modules``. Columns: ``module`` (its path; empty for the network itself), ``type``, ``output``
+        (shape of its last result; empty where it gave no tensor), ``calls``, ``params``, ``macs``, ``bops``,
+        ``conv_macs_real``, ``flops``, ``ops``, ``model_bytes``, ``uncounted`` (operators without a rule, separated by
+        blanks).
+
+    Raises:
+        InvalidInputError: As of :func:`count`.
+        UnsupportedError: As of :func:`count`.
+    """
+    import pandas as pd
+
+    own, counter = _counted(model, example, elementwise)
+    params = dict.fromkeys(counter.tallies, 0)
+    for name, parameter in own.named_parameters():
+        params[_owner(name, params)] += parameter.numel()
+    sizes = dict.fromkeys(counter.tallies, 0)
+    one_bit = _one_bit(own)
+    names = {id(tensor): name for name, tensor in reversed(own.state_dict(keep_vars=True).items())}
+    for key, tensor in _stored(own).items():
+        sizes[_owner(names[key], sizes)] += _stored_bytes(tensor, one_bit)
+    rows = []
+    for name, module in own.named_modules():
+        tally = counter.tallies[name]
+        flops = tally.real_macs + tally.elements
+        leaf = next(module.children(), None) is None
+        if not (params[name] or sizes[name] or tally.bops or flops or tally.uncounted or (leaf and tally.calls)):
+            continue
+        rows.append(
+            {
+                "module": name,
+                "type": type(module).__name__,
+                "output": tally.output,
+                "calls": tally.calls,
+                "params": params[name],
+                "macs": tally.bops + tally.real_macs,
+                "bops": tally.bops,
+                "conv_macs_real": tally.real_macs,
+                "flops": flops,
+                "ops": flops + tally.bops / BOPS_PER_OP,
+                "model_bytes": sizes[name],
+                "uncounted": " ".join(tally.uncounted),
+            }
+        )
+    return pd.DataFrame(rows, columns=MODULE_COLUMNS)
+
+
+def _owner(name: str, modules: Mapping[str, Any]) -> str:
+    """The module that a name of the state dict belongs to."""
+    while name and name not in modules:
+        name = name.rpartition(".")[0]
+    return name
+
+
+def _counted(model: nn.Module, example: Tensor, elementwise: int) -> tuple[nn.Module, _Counter]:
+    """A copy of the model, and what it did with the example."""
     if example.ndim == 0 or example.shape[0] != 1:
         raise InvalidInputError(f"count takes one example: got shape {tuple(example.shape)}; legal: (1, ...)")
     if elementwise < 0:
@@ -140,28 +233,38 @@ def count(model: nn.Module, example: Tensor, *, elementwise: int = 1) -> Counts:
             model(example)
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_path)
-    return Counts(
-        params=sum(parameter.numel() for parameter in model.parameters()),
-        macs=counter.bops + counter.real_macs,
-        bops=counter.bops,
-        conv_macs_real=counter.real_macs,
-        flops=counter.real_macs + counter.elements,
-        ops=counter.real_macs + counter.elements + counter.bops / BOPS_PER_OP,
-        model_bytes=_model_bytes(model),
-        uncounted=tuple(counter.uncounted),
-    )
+    return model, counter
 
 
 def _model_bytes(model: nn.Module) -> int:
-    one_bit = {
-        id(layer.weight) for layer in model.modules() if isinstance(layer, BinaryConv2d) and layer.binary_weights
-    }
-    # Shared tensors have several names in the state dict and are stored once.
-    stored = {id(tensor): tensor for tensor in model.state_dict(keep_vars=True).values() if isinstance(tensor, Tensor)}
-    return sum(
-        -(-tensor.numel() // 8) if key in one_bit else tensor.numel() * tensor.element_size()
-        for key, tensor in stored.items()
-    )
+    one_bit = _one_bit(model)
+    return sum(_stored_bytes(tensor, one_bit) for tensor in _stored(model).values())
+
+
+def _one_bit(model: nn.Module) -> set[int]:
+    """Identities of the weights that are stored as one bit each."""
+    return {id(layer.weight) for layer in model.modules() if isinstance(layer, BinaryConv2d) and layer.binary_weights}
+
+
+def _stored(model: nn.Module) -> dict[int, Tensor]:
+    """Tensors of the state dict by identity: shared ones have several names there and are stored once."""
+    return {id(tensor): tensor for tensor in model.state_dict(keep_vars=True).values() if isinstance(tensor, Tensor)}
+
+
+def _stored_bytes(tensor: Tensor, one_bit: Set[int]) -> int:
+    return -(-tensor.numel() // 8) if id(tensor) in one_bit else tensor.numel() * tensor.element_size()
+
+
+@dataclass
+class _Tally:
+    """What one module did itself."""
+
+    bops: int = 0
+    real_macs: int = 0
+    elements: int = 0
+    calls: int = 0
+    output: tuple[int, ...] = ()
+    uncounted: dict[str, None] = field(default_factory=dict)
 
 
 class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -170,9 +273,7 @@ class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self, model: nn.Module, elementwise: int) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.elementwise = elementwise
-        self.bops = 0
-        self.real_macs = 0
-        self.elements = 0
+        self.tallies: dict[str, _Tally] = {name: _Tally() for name, _ in model.named_modules()}
         self.uncounted: dict[str, None] = {}
         self._sign: Tensor | None = None
         self._running: list[tuple[str, nn.Module]] = [("", model)]
@@ -183,8 +284,11 @@ class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _enter(self, name: str, module: nn.Module) -> Callable[..., None]:
         return lambda *_: self._running.append((name, module))
 
-    def _leave(self, *_: Any) -> None:
-        self._running.pop()
+    def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
+        tally = self.tallies[self._running.pop()[0]]
+        tally.calls += 1
+        made = _first_tensor([output])
+        tally.output = () if made is None else tuple(made.shape)
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
@@ -195,19 +299,20 @@ class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _count(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], output: Any) -> None:
         module_name, module = self._running[-1]
+        tally = self.tallies[module_name]
         namespace, _, name = func._schema.name.partition("::")
         name = name.removesuffix("_")
         if func._overloadpacket in flop_registry:
             # Torch counts two operations for each multiply-accumulate.
             macs = flop_registry[func._overloadpacket](*args, **kwargs, out_val=output) // 2
             if isinstance(module, BinaryConv2d) and module.is_binary:
-                self.bops += macs
+                tally.bops += macs
             else:
-                self.real_macs += macs
+                tally.real_macs += macs
             return
         if name.startswith("_scaled_dot_product") and namespace == "aten":
             flops = sdpa_flop_count(args[0].shape, args[1].shape, args[2].shape)  # type: ignore[no-untyped-call]
-            self.real_macs += flops // 2
+            tally.real_macs += flops // 2
             return
         made = _first_tensor([output])
         if func is torch.ops.aten.add_.Tensor and args[0] is self._sign:
@@ -218,16 +323,17 @@ class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if namespace == "prim" or made is None or func.is_view or name in _FREE or not _is_real(made):
             return
         if name in _ARITHMETIC:
-            self.elements += made.numel()
+            tally.elements += made.numel()
         elif name in _POOL:
-            self.elements += made.numel() * _window(name, args)
+            tally.elements += made.numel() * _window(name, args)
         elif name in _REDUCTION:
             read = _first_tensor(args)
             assert read is not None
-            self.elements += read.numel()
+            tally.elements += read.numel()
         elif name in _NORM_OR_ACTIVATION or torch.Tag.pointwise in func.tags:
-            self.elements += made.numel() * self.elementwise
+            tally.elements += made.numel() * self.elementwise
         else:
+            tally.uncounted[f"{namespace}.{name}"] = None
             self.uncounted[f"{module_name or type(module).__name__}: {namespace}.{name}"] = None
 
 

@@ -5,24 +5,28 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from importlib.util import find_spec
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from nasplat.checks import is_whole
 from nasplat.cost.bench import Bench
+from nasplat.cost.deployed import check_label, deployed
 from nasplat.cost.meter import Measurement
 from nasplat.cost.timing import Schedule, Timing, TimingJob
-from nasplat.errors import InvalidInputError, UnsupportedError
+from nasplat.errors import InvalidInputError
 from nasplat.nn.binary import is_binary, set_binarisation
-from nasplat.runtimes import Runtime, named
-
-AUTO = "auto"
+from nasplat.runtimes import Runtime
+from nasplat.runtimes.choose import AUTO, check_runtime
 
 TWINS: Mapping[str, str] = {"fp32": "onnxruntime", "int8": "onnxruntime_int8"}
 """What a binary network is compared with, and on which runtime: the same network with real weights and activations."""
+
+PARTS = (
+    "mad", "p95", "samples", "block", "block_sd", "suspect", "disturbed", "anchor", "predicted", "checked",
+    "fp32", "int8", "fp32_suspect", "int8_suspect", "speedup_fp32", "speedup_int8", "not_faster",
+)  # fmt: skip
+"""What follows the name of the metric in names of its own: no labels."""
 
 
 @dataclass(frozen=True)
@@ -62,11 +66,8 @@ class Latency:
     def __post_init__(self) -> None:
         if not is_whole(self.threads) or not is_whole(self.batch):
             raise InvalidInputError(f"threads is {self.threads!r}, batch is {self.batch!r}; legal: integers from 1 up")
-        if isinstance(self.runtime, str):
-            if self.runtime != AUTO:
-                named(self.runtime)
-        elif isinstance(self.runtime, type) or not isinstance(self.runtime, Runtime):
-            raise InvalidInputError(f"runtime is {self.runtime!r}; legal: the name of a runtime, or a runtime")
+        check_runtime(self.runtime)
+        check_label(self.label, PARTS)
         if self.on is not None and not self.on:
             raise InvalidInputError("on is ''; legal: the name of a resource of a Ray node, or None")
 
@@ -78,8 +79,8 @@ class Latency:
     @property
     def metrics(self) -> tuple[str, ...]:
         """Names of the values that every network gets."""
-        parts = ("", "_mad", "_p95", "_samples", "_block_sd", "_suspect")
-        return tuple(self.metric + part for part in parts)
+        own = ("", "_mad", "_p95", "_samples", "_block_sd", "_suspect")
+        return tuple(self.metric + part for part in own)
 
     def measure(self, model: nn.Module, example: Tensor, bench: Bench) -> Measurement:
         """Export the network as it is deployed, and time the file.
@@ -87,11 +88,7 @@ class Latency:
         Raises:
             UnsupportedError: The runtime cannot run the network; the message says what is missing.
         """
-        binary = is_binary(model)
-        runtime = self.runtime_of(model, example)
-        own = copy.deepcopy(model).cpu().eval()
-        x = example.cpu().repeat(self.batch, *([1] * (example.ndim - 1)))
-        timing = self._time(runtime, own, x, bench)
+        timing, runtime = self._time(self.runtime, model, example, bench)
         name = self.metric
         values = {
             name: timing.median_ms,
@@ -103,42 +100,22 @@ class Latency:
         }
         samples = _samples(name, timing)
         facts = {name: _facts(timing)}
-        if self.twins and binary and runtime.name == "packed":
-            set_binarisation(own, weights=False, activations=False)
+        if self.twins and runtime.name == "packed" and is_binary(model):
+            real = copy.deepcopy(model)
+            set_binarisation(real, weights=False, activations=False)
             for twin, where in TWINS.items():
-                other = self._time(named(where), own, x, bench)
+                other, _ = self._time(where, real, example, bench)
                 values[f"{name}_{twin}"] = other.median_ms
+                values[f"{name}_{twin}_suspect"] = float(bool(other.suspect))
                 values[f"{name}_speedup_{twin}"] = other.median_ms / timing.median_ms
                 samples |= _samples(f"{name}_{twin}", other)
                 facts[f"{name}_{twin}"] = _facts(other)
             values[f"{name}_not_faster"] = float(any(values[f"{name}_speedup_{twin}"] <= 1 for twin in TWINS))
         return Measurement(values, samples, facts)
 
-    def runtime_of(self, model: nn.Module, example: Tensor) -> Runtime:
-        """The runtime that a network is measured on.
-
-        Raises:
-            UnsupportedError: It is that of packed bits, and Numba is not installed.
-        """
-        if not isinstance(self.runtime, str):
-            return self.runtime
-        if self.runtime != AUTO:
-            return named(self.runtime)
-        if example.device.type == "cuda":
-            return named("cuda")
-        if not is_binary(model):
-            return named("onnxruntime")
-        if find_spec("numba") is None:
-            raise UnsupportedError(
-                "a binary network is measured on packed bits, which needs Numba: pip install 'nasplat[packed]'. "
-                "Latency('onnxruntime') measures its simulation with floats"
-            )
-        return named("packed")
-
-    def _time(self, runtime: Runtime, model: nn.Module, x: Tensor, bench: Bench) -> Timing:
-        with bench.training(), torch.no_grad():  # heavy work, which another measurement is not to feel
-            file = runtime.export(model, x)
-        return bench.run(TimingJob(runtime, file, x, self.threads, self.schedule), self.on)
+    def _time(self, runtime: Runtime | str, model: nn.Module, example: Tensor, bench: Bench) -> tuple[Timing, Runtime]:
+        chosen, file, x = deployed(runtime, model, example, self.batch, bench)
+        return bench.run(TimingJob(chosen, file, x, self.threads, self.schedule), self.on), chosen
 
 
 def _samples(name: str, timing: Timing) -> dict[str, list[float]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import os
 import platform
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -12,24 +11,22 @@ from pathlib import Path
 
 import torch
 
+from nasplat.cost.bench import pinned
+
 
 @contextmanager
 def steady(threads: int, processors: Sequence[int]) -> Iterator[None]:
     """A fixed number of torch threads, these processors (empty: any), and no garbage collection."""
     before, collecting = torch.get_num_threads(), gc.isenabled()
-    affinity = os.sched_getaffinity(0) if processors else set()
     torch.set_num_threads(threads)
-    if processors:
-        os.sched_setaffinity(0, processors)
     gc.collect()
     gc.disable()
     try:
-        yield
+        with pinned(processors):
+            yield
     finally:
         if collecting:
             gc.enable()
-        if affinity:
-            os.sched_setaffinity(0, affinity)
         torch.set_num_threads(before)
 
 

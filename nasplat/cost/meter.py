@@ -8,7 +8,9 @@ from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 from torch import Tensor, nn
 
+from nasplat.architecture import Architecture
 from nasplat.cost.bench import Bench
+from nasplat.space import SearchSpace
 
 Loss: TypeAlias = Callable[[Any, Tensor], Tensor]
 """``loss(outputs, targets)``, a scalar."""
@@ -102,5 +104,46 @@ class BatchMeter(Protocol):
         ...
 
 
-Meter: TypeAlias = CostMeter | BatchMeter
+@runtime_checkable
+class ArchitectureMeter(Protocol):
+    """Judges a built network by its architecture as well. A frozen dataclass of plain parameters.
+
+    Attributes:
+        metrics: Names of the values that it gives.
+        trained: As of :class:`CostMeter`.
+    """
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """Names of the values that it gives."""
+        ...
+
+    @property
+    def trained(self) -> bool:
+        """Whether it needs trained weights."""
+        ...
+
+    def check_space(self, space: SearchSpace) -> None:
+        """Asked once, when a study is made.
+
+        Raises:
+            InvalidInputError: It has nothing to say of the architectures of this space.
+        """
+        ...
+
+    def measure_architecture(
+        self, architecture: Architecture | None, model: nn.Module, example: Tensor, bench: Bench
+    ) -> Measurement:
+        """Measure, and leave the model as it was.
+
+        Args:
+            architecture: Of the network; None for one that is of no space, a baseline for example.
+            model: The built network, never a path through a supernet.
+            example: One input ``(1, ...)`` on the model's device.
+            bench: Where measuring is exclusive. What measures no time computes in ``with bench.training():``.
+        """
+        ...
+
+
+Meter: TypeAlias = CostMeter | BatchMeter | ArchitectureMeter
 """What a study takes as a meter."""

@@ -35,6 +35,8 @@ class Marks:
         method: ``VmHWM`` or ``ru_maxrss``.
     """
 
+    memory = "host"
+
     def __init__(self) -> None:
         self.method = "VmHWM" if _restarted() else "ru_maxrss"
         self._ballast: list[bytearray] = []
@@ -53,6 +55,28 @@ class Marks:
         if self.method == "VmHWM":
             return max(_status("VmHWM"), _now())
         return _greatest()
+
+
+class DeviceMarks:
+    """Memory of the CUDA device that torch's allocator gave out, and its high-water mark."""
+
+    memory = "device"
+    method = "torch.cuda.max_memory_allocated"
+
+    def restart(self) -> int:
+        """Forget the mark; gives the bytes in use now."""
+        import torch
+
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.memory_allocated()
+
+    def highest(self) -> int:
+        """The most bytes that were in use since :meth:`restart`."""
+        import torch
+
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated()
 
 
 def _restarted() -> bool:
@@ -106,30 +130,31 @@ def _measure(given: BinaryIO) -> dict[str, Any]:
     if threads == 1 and hasattr(os, "sched_setaffinity"):
         # The kernel sums resident pages by processor, and knows the sum of one best.
         os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
-    # Libraries, compiled kernels and the memory pools of the runtime itself.
-    example = torch.from_numpy(header["warm_up_example"])
-    session = runtime.load(pickle.load(given), example, threads)
+    # What the runtime does once: libraries, compiled kernels, pools.
+    session = runtime.load(pickle.load(given), torch.from_numpy(header["warm_up_example"]), threads)
     for _ in range(RUNS):
         session.run()
     example = torch.from_numpy(header["example"])
     del session, header
     _tidy()
-    marks = Marks()
+    on_device: bool = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    marks: Marks | DeviceMarks = DeviceMarks() if on_device else Marks()
     before = marks.restart()
     file = pickle.load(given)
     session = runtime.load(file, example, threads)
     session.run()
-    loading = marks.highest() - before
+    load = marks.highest() - before
     del file
     _tidy()
-    kept = marks.restart() if marks.method == "VmHWM" else 0
+    loaded = marks.restart() - before
     for _ in range(RUNS):
         session.run()
     return {
         "peak": marks.highest() - before,
-        "loading": loading,
-        "kept": max(0, kept - before),
+        "load": load,
+        "loaded": loaded,
         "before": before,
+        "memory": marks.memory,
         "method": marks.method,
         "facts": dict(runtime.facts()),
     }

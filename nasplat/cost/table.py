@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
@@ -17,12 +17,15 @@ from typing import Any, Self, TypeAlias
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from nasplat.architecture import Architecture
+from nasplat.checks import is_whole
+from nasplat.cost.accuracy import Accuracy
 from nasplat.cost.bench import Bench
 from nasplat.cost.counter import Count
 from nasplat.cost.meter import CostMeter
+from nasplat.cost.readings import Progress, Readings, WholeNetworks, silent, subject, table_facts
 from nasplat.errors import InvalidInputError
 from nasplat.space import Group, Option, Relaxed, SearchSpace
 
@@ -30,9 +33,12 @@ Term: TypeAlias = tuple[tuple[str, ...], tuple[float, ...]]
 """Names of choices, and a cost per combination of their options, the last choice's options varying first."""
 
 HELD_OUT = 20
-"""Architectures that a table is not fitted to, and judged on."""
+"""Architectures that a table is not fitted to, and judged on, at least."""
 
-VERSION = 1
+VERSION = 2
+
+READABLE = (1, 2)
+"""Versions of files that can be read. The first had neither accuracy nor facts."""
 
 
 @dataclass(frozen=True)
@@ -47,16 +53,20 @@ class CostTable:
         constant: Cost of what every architecture has.
         choices: Names of all choices with their options.
         terms: What is added for the options of each set of choices.
-        error: Greatest relative error on 20 architectures that it was not fitted to. Near 0: the cost is a sum over
-            the terms.
+        error: Greatest relative error on architectures that it was not fitted to. Near 0: the cost is a sum over the
+            terms.
+        accuracy: On the same architectures; None where a file of an earlier nasplat does not say.
+        facts: How it was made: of a measured table the runtime, its versions, threads, processor, date, seconds.
     """
 
     metric: str
     space: str
     constant: float
-    choices: tuple[tuple[str, tuple[Option, ...]], ...]
-    terms: tuple[Term, ...]
+    choices: tuple[tuple[str, tuple[Option, ...]], ...] = field(repr=False)
+    terms: tuple[Term, ...] = field(repr=False)
     error: float
+    accuracy: Accuracy | None = None
+    facts: Mapping[str, str | int | float] = field(default_factory=dict, hash=False, repr=False)
 
     def __post_init__(self) -> None:
         options = {name: len(some) for name, some in self.choices}
@@ -81,6 +91,9 @@ class CostTable:
         rng: np.random.Generator,
         *,
         oversampling: float = 1.0,
+        samples: int | None = None,
+        held_out: int = HELD_OUT,
+        progress: Progress = silent,
     ) -> Self:
         """The table that explains the costs of sampled architectures best (least squares).
 
@@ -94,11 +107,16 @@ class CostTable:
             metric: Name of the cost.
             cost: Of one architecture, finite.
             rng: Draws the architectures.
-            oversampling: Samples per independent entry at least. 1 does for exact costs; noise averages out with more.
+            oversampling: Samples per independent entry at least. 1 does for costs that are sums over the terms; what
+                is no such sum, and noise, averages out with more.
+            samples: Architectures to fit to at least, whatever ``oversampling`` says.
+            held_out: Architectures besides that it is judged on, 20 or more.
+            progress: Told of each architecture that was costed.
 
         Raises:
-            InvalidInputError: A cost is not finite.
+            InvalidInputError: A cost is not finite, or ``held_out`` is less than 20.
         """
+        check_held_out(held_out)
         choices = {name: tuple(options) for name, options in space.choices.items()}
         names = [tuple(term) for term in space.interactions()]
         shapes = [tuple(len(choices[name]) for name in term) for term in names]
@@ -118,7 +136,8 @@ class CostTable:
         fitted: list[Architecture] = []
         seen = np.zeros(int(offsets[-1]), dtype=bool)
         known = 0
-        while known < patience or len(fitted) < oversampling * len(basis):
+        least = samples or 0
+        while known < patience or len(fitted) < max(least, oversampling * len(basis)):
             architecture = space.sample(rng)
             features = row(architecture)
             # Twice, against rounding: what is left of the features outside of what earlier samples span.
@@ -129,12 +148,16 @@ class CostTable:
                 known = 0
             else:
                 known += 1
-                if len(fitted) >= oversampling * len(basis):
+                if len(fitted) >= max(least, oversampling * len(basis)):
                     continue
             fitted.append(architecture)
             seen |= features > 0
-        held = [space.sample(rng) for _ in range(HELD_OUT)]
-        costs = np.array([float(cost(architecture)) for architecture in (*fitted, *held)])
+        held = [space.sample(rng) for _ in range(held_out)]
+        costs = np.zeros(len(fitted) + len(held))
+        for number, architecture in enumerate((*fitted, *held)):
+            progress("networks", number, len(costs))
+            costs[number] = float(cost(architecture))
+        progress("networks", len(costs), len(costs))
         if not np.isfinite(costs).all():
             raise InvalidInputError(f"cost table of {metric}: an architecture of {space.name} has no finite cost")
         solution = np.linalg.lstsq(np.array([row(a) for a in fitted]), costs[: len(fitted)], rcond=None)[0]
@@ -157,7 +180,7 @@ class CostTable:
         true = costs[len(fitted) :]
         given = np.array([table.cost(architecture) for architecture in held])
         error = float(np.max(np.abs(given - true) / np.maximum(np.abs(true), 1e-12)))
-        return replace(table, error=error)
+        return replace(table, error=error, accuracy=Accuracy.of(given.tolist(), true.tolist()))
 
     @classmethod
     def counted(cls, space: SearchSpace, example: Tensor, metric: str = "macs", seed: int = 0) -> Self:
@@ -172,7 +195,9 @@ class CostTable:
         Raises:
             InvalidInputError: No such metric.
         """
-        return cls._of_meter(space, example, Count(), metric, Bench(), seed, 1.0)
+        meter = Count()
+        whole = WholeNetworks(space, example, meter, metric, Bench(), Readings(None, {}))
+        return cls.fit(space, metric, whole, np.random.default_rng(seed))
 
     @classmethod
     def measured(
@@ -185,11 +210,15 @@ class CostTable:
         bench: Bench | None = None,
         seed: int = 0,
         oversampling: float = 2.0,
+        samples: int | None = None,
+        held_out: int = HELD_OUT,
+        readings: str | Path | None = None,
+        progress: Progress = silent,
     ) -> Self:
         """A table of what a meter measures, on this machine: ``CostTable.measured(space, example, Latency())``.
 
         Whole networks are measured, so what happens between layers is part of the cost. The meter's noise is in the
-        table; ``error`` shows it, besides what is no sum over the terms.
+        table; ``accuracy`` shows it, besides what is no sum over the terms.
 
         Args:
             space: Twice as many of its architectures as the table has independent entries are built and measured.
@@ -199,31 +228,22 @@ class CostTable:
             bench: Where measuring is exclusive; None takes this machine's.
             seed: Of the architectures.
             oversampling: See :meth:`fit`.
+            samples: See :meth:`fit`.
+            held_out: See :meth:`fit`.
+            readings: File for the single measurements. Called again with the same file after an interrupt, it goes on
+                from them; it is left where it is. None keeps none.
+            progress: See :meth:`fit`.
 
         Raises:
-            InvalidInputError: No such metric.
+            InvalidInputError: No such metric, or ``readings`` are those of something else.
         """
-        return cls._of_meter(space, example, meter, metric, bench or Bench(), seed, oversampling)
-
-    @classmethod
-    def _of_meter(
-        cls,
-        space: SearchSpace,
-        example: Tensor,
-        meter: CostMeter,
-        metric: str,
-        bench: Bench,
-        seed: int,
-        oversampling: float,
-    ) -> Self:
-        if metric not in meter.metrics:
-            raise InvalidInputError(f"{meter!r} does not give {metric!r}; legal: {', '.join(meter.metrics)}")
-
-        def cost(architecture: Architecture) -> float:
-            return meter.measure(space.build(architecture).eval(), example, bench).values[metric]
-
-        with torch.random.fork_rng(devices=[]):
-            return cls.fit(space, metric, cost, np.random.default_rng(seed), oversampling=oversampling)
+        kept = Readings(Path(readings) if readings else None, subject("table", space, example, meter, metric))
+        whole = WholeNetworks(space, example, meter, metric, bench or Bench(), kept)
+        rng = np.random.default_rng(seed)
+        table = cls.fit(
+            space, metric, whole, rng, oversampling=oversampling, samples=samples, held_out=held_out, progress=progress
+        )
+        return replace(table, facts=table_facts(kept, example, whole.calls, whole.suspect))
 
     # Using one.
 
@@ -241,6 +261,10 @@ class CostTable:
             at = [options[name].index(architecture.genes[name]) for name in names]
             total += values[int(np.ravel_multi_index(at, [len(options[name]) for name in names]))]
         return total
+
+    def predict(self, architecture: Architecture, model: nn.Module, example: Tensor) -> float:
+        """:meth:`cost`, which needs neither the network nor an input."""
+        return self.cost(architecture)
 
     def expected(self, relaxed: Relaxed) -> Tensor:
         """Expected cost where each choice takes its options with the weights of ``relaxed``: a differentiable scalar.
@@ -293,15 +317,28 @@ class CostTable:
         try:
             record = json.loads(Path(path).read_text())
             version = record.pop("nasplat_cost_table")
-            if version != VERSION:
-                raise InvalidInputError(f"{path} is a cost table of version {version!r}; legal: {VERSION}")
+            if version not in READABLE:
+                legal = ", ".join(map(str, READABLE))
+                raise InvalidInputError(f"{path} is a cost table of version {version!r}; legal: {legal}")
             record["choices"] = tuple((str(name), tuple(options)) for name, options in record["choices"])
             record["terms"] = tuple((tuple(names), tuple(map(float, values))) for names, values in record["terms"])
+            if record.get("accuracy") is not None:
+                record["accuracy"] = Accuracy.from_json(record["accuracy"])
             return cls(**record)
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             if isinstance(error, InvalidInputError):
                 raise
             raise InvalidInputError(f"{path} is not a cost table: {type(error).__name__}: {error}") from error
+
+
+def check_held_out(held_out: int) -> None:
+    """Refuse to judge on too few.
+
+    Raises:
+        InvalidInputError: They are fewer than 20.
+    """
+    if not is_whole(held_out, HELD_OUT):
+        raise InvalidInputError(f"held_out is {held_out!r}; legal: an integer from {HELD_OUT} up")
 
 
 def _anchor(

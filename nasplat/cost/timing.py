@@ -11,6 +11,7 @@ import os
 import platform
 import statistics
 import time
+from bisect import bisect_right, insort
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
@@ -18,9 +19,11 @@ from typing import Any
 
 from torch import Tensor
 
+from nasplat.checks import is_number, is_whole
 from nasplat.cost.anchor import AnchorRecord, anchor_session
 from nasplat.cost.bench import Bench
 from nasplat.cost.machine import governor, processor, steady
+from nasplat.errors import InvalidInputError
 from nasplat.identity import canonical, describe
 from nasplat.runtimes.runtime import Runtime, Session
 
@@ -45,8 +48,17 @@ STABLE = 0.02
 CALIBRATION_SECONDS = 0.5
 """How long the anchor alone is watched on a machine where nothing is on record."""
 
-QUICKEST = 0.1
-"""The share of a measurement's anchors that is taken for undisturbed, as far as the measurement alone can tell."""
+QUICKEST = 0.02
+"""The share of a measurement's anchors that is taken for undisturbed, as far as the measurement alone can tell.
+
+Small, because a machine may be quiet for a small share of the time, and nothing makes the anchor quicker than it is.
+"""
+
+QUICKEST_BLOCKS = 0.1
+"""The share of the blocks, among those between quick anchors, that is taken for undisturbed."""
+
+LEAST_BLOCKS = 4
+"""Blocks of a network that runs long, at least."""
 
 
 @dataclass(frozen=True)
@@ -54,17 +66,26 @@ class Schedule:
     """How much is measured, and how long to wait for the machine to be quiet.
 
     Attributes:
-        blocks: Undisturbed blocks at least.
-        seconds: Time of the undisturbed runs together, at least.
+        blocks: Undisturbed blocks that are wanted, at least 1.
+        seconds: Time of undisturbed runs that is enough with fewer blocks, 4 at least: for networks that run long.
         patience_s: Seconds after which the search for undisturbed blocks is given up; more for a network of which one
             run takes long.
         tolerance: Share by which the anchor may be slower around a block than it is undisturbed.
     """
 
     blocks: int = 16
-    seconds: float = 0.05
+    seconds: float = 0.1
     patience_s: float = 2.0
     tolerance: float = 0.08
+
+    def __post_init__(self) -> None:
+        if not is_whole(self.blocks):
+            raise InvalidInputError(f"blocks is {self.blocks!r}; legal: an integer from 1 up")
+        for name, value in (("seconds", self.seconds), ("patience_s", self.patience_s)):
+            if not is_number(value) or value < 0:
+                raise InvalidInputError(f"{name} is {value!r}; legal: seconds, finite, from 0 up")
+        if not is_number(self.tolerance) or not self.tolerance > 0:
+            raise InvalidInputError(f"tolerance is {self.tolerance!r}; legal: a finite share above 0")
 
 
 @dataclass(frozen=True)
@@ -169,43 +190,40 @@ def _timing(
     _warm_up(anchor)
     once = _warm_up(session)
     runs = max(1, round(BLOCK_SECONDS / once))
-    wanted = max(schedule.blocks, math.ceil(schedule.seconds / (runs * once)))
-    known = record.reference_ms(key)
-    probes = [_anchor_ms(anchor)]
-    begin = time.perf_counter()
-    while known == float("inf") and time.perf_counter() - begin < CALIBRATION_SECONDS:
-        probes.append(_anchor_ms(anchor))
+    wanted = min(schedule.blocks, max(LEAST_BLOCKS, math.ceil(schedule.seconds / (runs * once))))
+    watch = _Watch(anchor, record.reference_ms(key), schedule.tolerance)
+    if record.is_young(key):
+        begin = time.perf_counter()
+        while time.perf_counter() - begin < CALIBRATION_SECONDS:
+            watch.look()
 
     blocks: list[tuple[float, ...]] = []
     around: list[tuple[float, float]] = []
     quiet: list[bool] = []
-    reference = min(known, _quick(probes))
     begin, patience = time.perf_counter(), max(schedule.patience_s, 3 * wanted * runs * once)
     while sum(quiet) < wanted:
         waiting = time.perf_counter() - begin < patience
         if not waiting and len(blocks) >= wanted:
             break
-        # A probe is short, a block may be long: while there is time, blocks begin only when the machine is quiet.
-        if not waiting or probes[-1] <= (1 + schedule.tolerance) * reference:
-            before = probes[-1]
-            if once < COLD_SECONDS:
-                session.seconds()
-            blocks.append(tuple(session.seconds() * 1e3 for _ in range(runs)))
-            probes.append(_anchor_ms(anchor))
-            around.append((before, probes[-1]))
-        else:
-            probes.append(_anchor_ms(anchor))
-        reference = min(known, _quick(probes))
-        quiet = _quiet(blocks, around, reference, schedule.tolerance)
-    record.add(key, _quick(probes))
-    facts["quiet_share"] = round(
-        sum(probe <= (1 + schedule.tolerance) * reference for probe in probes) / len(probes), 3
-    )
+        # A look is short, a block may be long: while there is time, blocks begin only when the machine is quiet.
+        if waiting and not watch.is_quiet():
+            watch.look()
+            continue
+        before = watch.last
+        if once < COLD_SECONDS:
+            session.seconds()
+        blocks.append(tuple(session.seconds() * 1e3 for _ in range(runs)))
+        around.append((before, watch.look()))
+        quiet = _quiet(blocks, around, watch.bound, schedule.tolerance)
+        if not watch.is_quiet():
+            watch.look()
+    record.add(key, watch.quickest)
+    facts["quiet_share"] = round(watch.quiet_share, 3)
     suspect = ""
     if sum(quiet) < wanted:
         # The least disturbed blocks are the best there is.
         chosen = set(sorted(range(len(blocks)), key=lambda index: max(around[index]))[:wanted])
-        drift = statistics.median(max(around[index]) for index in chosen) / reference - 1
+        drift = statistics.median(max(around[index]) for index in chosen) / watch.reference - 1
         suspect = (
             f"the machine was disturbed: {sum(quiet)} of {len(blocks)} blocks were quiet ({wanted} wanted), and "
             f"around those that count the anchor was slower by {drift:.0%}"
@@ -215,30 +233,67 @@ def _timing(
         blocks=tuple(block for block, kept in zip(blocks, quiet, strict=True) if kept),
         disturbed=tuple(block for block, kept in zip(blocks, quiet, strict=True) if not kept),
         anchor_ms=tuple(pair for pair, kept in zip(around, quiet, strict=True) if kept),
-        reference_ms=reference,
+        reference_ms=watch.reference,
         suspect=suspect,
         facts=facts,
     )
 
 
-def _quick(probes: Sequence[float]) -> float:
-    """The anchor undisturbed, as far as these probes tell."""
-    return sorted(probes)[int(QUICKEST * len(probes))]
+class _Watch:
+    """Looks at the anchor, and knows what it takes undisturbed.
+
+    Attributes:
+        last: What it just took, in ms.
+    """
+
+    def __init__(self, anchor: Session, known_ms: float, tolerance: float) -> None:
+        self._anchor, self._known, self._tolerance = anchor, known_ms, tolerance
+        self._times: list[float] = []  # ascending
+        self.look()
+
+    def look(self) -> float:
+        """Run the anchor, and give its time in ms."""
+        self.last = _anchor_ms(self._anchor)
+        insort(self._times, self.last)
+        return self.last
+
+    @property
+    def quickest(self) -> float:
+        """Undisturbed, as far as this measurement tells."""
+        return self._times[int(QUICKEST * len(self._times))]
+
+    @property
+    def reference(self) -> float:
+        """Undisturbed, as far as all measurements tell."""
+        return min(self._known, self.quickest)
+
+    @property
+    def bound(self) -> float:
+        """Up to which it passes for undisturbed."""
+        return (1 + self._tolerance) * self.reference
+
+    def is_quiet(self) -> bool:
+        """Whether the machine was quiet at the last look."""
+        return self.last <= self.bound
+
+    @property
+    def quiet_share(self) -> float:
+        """Share of the looks at which the machine was quiet."""
+        return bisect_right(self._times, self.bound) / len(self._times)
 
 
 def _quiet(
-    blocks: Sequence[Sequence[float]], around: Sequence[tuple[float, float]], reference: float, tolerance: float
+    blocks: Sequence[Sequence[float]], around: Sequence[tuple[float, float]], bound: float, tolerance: float
 ) -> list[bool]:
     """Which blocks nothing disturbed: by the anchor before and after, and by the blocks themselves.
 
     A disturbance that begins and ends within a block shows only there, since it only ever adds time.
     """
-    quiet = [max(pair) <= (1 + tolerance) * reference for pair in around]
-    medians = [statistics.median(block) for block in blocks]
-    among = sorted(median for median, kept in zip(medians, quiet, strict=True) if kept)
-    if among:
-        bound = (1 + 2 * tolerance) * among[int(QUICKEST * len(among))]
-        quiet = [kept and median <= bound for kept, median in zip(quiet, medians, strict=True)]
+    quiet = [max(pair) <= bound for pair in around]
+    medians = {index: statistics.median(blocks[index]) for index, kept in enumerate(quiet) if kept}
+    if medians:
+        highest = (1 + 2 * tolerance) * sorted(medians.values())[int(QUICKEST_BLOCKS * len(medians))]
+        quiet = [kept and medians[index] <= highest for index, kept in enumerate(quiet)]
     return quiet
 
 

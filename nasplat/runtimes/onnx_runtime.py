@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -15,9 +14,12 @@ from torch import Tensor, nn
 
 from nasplat.errors import UnsupportedError
 from nasplat.export.torch_export import quiet
+from nasplat.runtimes.processor_flags import instructions
 from nasplat.runtimes.runtime import Session
 
 OPSET = 18
+
+PROVIDER = "CPUExecutionProvider"
 
 
 @dataclass(frozen=True)
@@ -38,12 +40,16 @@ class OnnxRuntime:
         return to_onnx(model, example)
 
     def load(self, file: bytes, example: Tensor, threads: int) -> Session:
-        """A session."""
+        """A session.
+
+        Raises:
+            UnsupportedError: The ONNX Runtime that is installed cannot run the file.
+        """
         return OnnxSession(file, example, threads)
 
     def facts(self) -> Mapping[str, str | int]:
-        """Version of ONNX Runtime."""
-        return {"onnxruntime": version("onnxruntime")}
+        """Version of ONNX Runtime, its execution provider, and the widest vector instructions of the processor."""
+        return {"onnxruntime": version("onnxruntime"), "providers": PROVIDER, "instructions": instructions()}
 
 
 def to_onnx(model: nn.Module, example: Tensor) -> bytes:
@@ -51,23 +57,40 @@ def to_onnx(model: nn.Module, example: Tensor) -> bytes:
 
     By tracing in TorchScript: on networks of the search spaces the exporter of ``torch.export`` takes 4 to 26 s, this
     one 0.1 to 1 s, and every candidate of a search is exported (``docs/decisions/0016``). The files that users get
-    are written by the other one (:class:`nasplat.export.Onnx`).
+    are written by the other one (:class:`nasplat.export.Onnx`), which also steps in here where tracing fails, or where
+    torch has no such exporter any more.
 
     Raises:
-        UnsupportedError: An operator is not known.
+        UnsupportedError: Neither exporter can write the model.
     """
+    with quiet(), torch.no_grad():
+        try:
+            return _traced(model, example)
+        except Exception:  # of any kind, as exporters raise
+            try:
+                return _exported(model, example)
+            except Exception as error:
+                first = (str(error).strip() or type(error).__name__).splitlines()[0]
+                raise UnsupportedError(f"{type(model).__name__} cannot be written as ONNX: {first}") from error
+
+
+def _traced(model: nn.Module, example: Tensor) -> bytes:
     file: Any = io.BytesIO()  # the signature knows paths only
-    try:
-        with quiet(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            torch.onnx.export(
-                model, (example,), file, dynamo=False, opset_version=OPSET, input_names=["input"],
-                output_names=["output"],
-            )  # fmt: skip
-    except Exception as error:
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UnsupportedError(f"{type(model).__name__} cannot be written as ONNX: {first}") from error
+    torch.onnx.export(
+        model, (example,), file, dynamo=False, opset_version=OPSET, input_names=["input"], output_names=["output"]
+    )
     data: bytes = file.getvalue()
+    return data
+
+
+def _exported(model: nn.Module, example: Tensor) -> bytes:
+    program = torch.onnx.export(
+        model, (example,), dynamo=True, verbose=False, opset_version=OPSET, input_names=["input"],
+        output_names=["output"],
+    )  # fmt: skip
+    if program is None:
+        raise RuntimeError("torch.onnx.export returned no program")
+    data: bytes = program.model_proto.SerializeToString()
     return data
 
 
@@ -78,6 +101,9 @@ class OnnxSession(Session):
         file: A serialised model with one input and one output.
         example: Input.
         threads: Threads that compute.
+
+    Raises:
+        UnsupportedError: ONNX Runtime cannot run the model.
     """
 
     def __init__(self, file: bytes, example: Tensor, threads: int) -> None:
@@ -87,10 +113,14 @@ class OnnxSession(Session):
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
         options.log_severity_level = 3  # errors
-        self._session: Any = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
-        (given,), (made,) = self._session.get_inputs(), self._session.get_outputs()
-        x = np.ascontiguousarray(example.numpy())
-        (first,) = self._session.run([made.name], {given.name: x})
+        x = np.ascontiguousarray(example.detach().numpy())
+        try:
+            self._session: Any = onnxruntime.InferenceSession(file, options, providers=[PROVIDER])
+            (given,), (made,) = self._session.get_inputs(), self._session.get_outputs()
+            (first,) = self._session.run([made.name], {given.name: x})
+        except Exception as error:  # its errors have no class of their own
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise UnsupportedError(f"ONNX Runtime {onnxruntime.__version__} cannot run the file: {reason}") from error
         self._input = onnxruntime.OrtValue.ortvalue_from_numpy(x)
         self._output = onnxruntime.OrtValue.ortvalue_from_numpy(np.empty_like(first))
         self._binding = self._session.io_binding()

@@ -9,14 +9,14 @@ from importlib.util import find_spec
 
 from torch import Tensor, nn
 
-from nasplat.errors import UnsupportedError
+from nasplat.errors import NasplatError, UnsupportedError
 from nasplat.packed import PackedProgram, pack
 from nasplat.runtimes.runtime import Session
 
 
 @dataclass(frozen=True)
 class PackedBits:
-    """The packed runtime (:mod:`nasplat.packed`), for networks that multiply bits by bits."""
+    """Packed bits (:mod:`nasplat.packed`), for networks that multiply bits by bits."""
 
     @property
     def name(self) -> str:
@@ -29,7 +29,13 @@ class PackedBits:
         Raises:
             UnsupportedError: The model has no binary layer, or an operation that the runtime does not know.
         """
-        return pack(model, example[:1]).to_bytes()
+        try:
+            return pack(model, example[:1]).to_bytes()
+        except NasplatError:
+            raise
+        except Exception as error:  # of any kind, as tracing copies the model and runs its code
+            first = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise UnsupportedError(f"{type(model).__name__} cannot be packed: {first}") from error
 
     def load(self, file: bytes, example: Tensor, threads: int) -> Session:
         """The program, laid out for this processor.

@@ -34,6 +34,10 @@ class Session(ABC):
         self.run()
         return time.perf_counter() - begin
 
+    def facts(self) -> Mapping[str, str | int]:
+        """What its speed depends on beyond :meth:`Runtime.facts`: what only loading this network has shown."""
+        return {}
+
 
 @runtime_checkable
 class Runtime(Protocol):
@@ -66,6 +70,8 @@ class Runtime(Protocol):
 
     def load(self, file: bytes, example: Tensor, threads: int) -> Session:
         """Make a deployed network ready to run.
+
+        Torch has one number of threads a process: runtimes in torch set it here, and it stays. All else is left alone.
 
         Args:
             file: What :meth:`export` gave, here or on another machine of the study's own.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -33,11 +32,7 @@ class TorchEager:
         Raises:
             UnsupportedError: The module cannot be pickled.
         """
-        try:
-            file: bytes = cloudpickle.dumps(copy.deepcopy(model))
-        except Exception as error:
-            raise UnsupportedError(f"{type(model).__name__} cannot be pickled, so not be sent: {error}") from error
-        return file
+        return pickled(model)
 
     def load(self, file: bytes, example: Tensor, threads: int) -> Session:
         """The module in evaluation mode."""
@@ -46,6 +41,19 @@ class TorchEager:
     def facts(self) -> Mapping[str, str | int]:
         """Version of torch and the instructions that it uses."""
         return {"torch": torch.__version__, "instructions": torch.backends.cpu.get_cpu_capability()}
+
+
+def pickled(model: nn.Module) -> bytes:
+    """A module as this study's own processes send it to each other. Code that is not installed goes with it.
+
+    Raises:
+        UnsupportedError: It cannot be pickled.
+    """
+    try:
+        file: bytes = cloudpickle.dumps(model)
+    except Exception as error:
+        raise UnsupportedError(f"{type(model).__name__} cannot be pickled, so not be sent: {error}") from error
+    return file
 
 
 class _Eager(Session):

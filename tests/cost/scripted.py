@@ -109,7 +109,7 @@ class Scripted:
     """A runtime of such sessions: a file says how long a run takes, and every exported network is the anchor."""
 
     machine: Machine = field(compare=False)
-    anchor: float = ANCHOR_S
+    anchor: float = field(default=ANCHOR_S, compare=False)
     version: str = "1"
 
     @property

@@ -1,17 +1,22 @@
 import random
+import warnings
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
-from nasplat.cost.count import count
-from nasplat.errors import InvalidInputError, UnsupportedError
+from nasplat.cost import Bench, Count
+from nasplat.cost.count import count, count_modules
+from nasplat.errors import InvalidInputError, NasplatWarning, UnsupportedError
 from nasplat.nn import BinaryConv2d, set_binarisation
 from nasplat.nn.expert import ExpertBinaryConv2d, set_experts
-from search_spaces import Bats
+from search_spaces import Bats, BinaryGrowth, DartsCell, MetaKernel, NasBench201, Sandglass
 
 
 class ResNet18(nn.Module):
@@ -284,3 +289,92 @@ def test_generators_are_back_after_a_failure() -> None:
         count(nn.Linear(4, 2), torch.zeros(1, 5))
     assert torch.backends.mha.get_fastpath_enabled() == fast_path
     assert torch.is_grad_enabled()
+
+
+# Module by module.
+
+SUMMED = ("params", "macs", "bops", "conv_macs_real", "flops", "ops", "model_bytes")
+
+
+def check_sums(model: nn.Module, example: Tensor) -> pd.DataFrame:
+    table, counts = count_modules(model, example, elementwise=2), count(model, example, elementwise=2)
+    assert {name: table[name].sum() for name in SUMMED} == {name: getattr(counts, name) for name in SUMMED}
+    of_modules = {
+        f"{row['module'] or type(model).__name__}: {name}"
+        for _, row in table.iterrows()
+        for name in row["uncounted"].split()
+    }
+    assert of_modules == set(counts.uncounted)
+    return table.set_index("module")
+
+
+SPACES = [
+    Bats.small(),
+    BinaryGrowth.small(),
+    DartsCell.small(),
+    MetaKernel.small(),
+    NasBench201.small(),
+    Sandglass.small(),
+]
+
+
+@pytest.mark.parametrize("space", SPACES, ids=lambda space: space.name)
+def test_modules_add_up_to_the_network(space: Any) -> None:
+    model = space.build(space.sample(np.random.default_rng(1)))
+    table = check_sums(model, torch.zeros(1, space.in_channels, 16, 16))
+    assert len(table) > 3
+    assert set(table.index) <= {name for name, _ in model.named_modules()}
+
+
+def test_modules_say_what_they_do_themselves() -> None:
+    conv = BinaryConv2d(4, 6, 3, padding=1)
+    model = nn.Sequential(nn.Sequential(conv), nn.Flatten(), nn.Linear(6 * 25, 3))
+    table = check_sums(model, torch.zeros(1, 4, 5, 5))
+    assert list(table.index) == ["0.0", "1", "2"]
+    assert table.loc["0.0", ["type", "output", "calls", "bops"]].tolist() == [
+        "BinaryConv2d", (1, 6, 5, 5), 1, 6 * 25 * 4 * 9,
+    ]  # fmt: skip
+    assert table.loc["0.0", "model_bytes"] == count(conv, torch.zeros(1, 4, 5, 5)).model_bytes
+    assert table.loc["2", ["params", "macs", "model_bytes"]].tolist() == [453, 450, 4 * 453]
+
+
+def test_a_module_that_is_shared_is_one_row() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = nn.Linear(4, 4)
+            self.again = self.first
+            self.tied = nn.Linear(4, 4, bias=False)
+            self.tied.weight = self.first.weight
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.tied(self.again(self.first(x))) + x
+
+    table = check_sums(Twice(), torch.zeros(1, 4))
+    assert list(table.index) == ["", "first", "tied"]
+    assert table["calls"].tolist() == [1, 2, 1]
+    assert table["macs"].tolist() == [0, 32, 16]
+    assert table["params"].tolist() == [0, 20, 0]
+    assert table["model_bytes"].tolist() == [0, 80, 0]
+    assert table.loc["", "flops"] == 4
+
+
+class WithoutRule(nn.Module):
+    """Sorts, which there is no rule for."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.sort(1)[0]
+
+
+def test_what_is_not_counted_is_a_metric_and_a_warning(tmp_path: Path) -> None:
+    model, example = nn.Sequential(nn.Linear(4, 4), WithoutRule()), torch.zeros(1, 4)
+    table = check_sums(model, example)
+    assert table.loc["1", "uncounted"] == "aten.sort"
+    with pytest.warns(NasplatWarning, match=r"leave out aten\.sort"):
+        found = Count().measure(model, example, Bench(tmp_path))
+    assert found.values["uncounted_ops"] == 1
+    assert found.facts == {"uncounted": ["1: aten.sort"]}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert Count().measure(model[0], example, Bench(tmp_path)).values["uncounted_ops"] == 0
+    assert set(found.values) == set(Count().metrics)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
 import sys
 import time
 from dataclasses import dataclass
@@ -15,14 +14,17 @@ import ray
 from helpers import Drawn, InOrder, Ladder, Mlp, assert_same, climb, python
 
 import nasplat
-from nasplat import Study, Task, maximise, minimise, space_from
-from nasplat.errors import NasplatError
+from nasplat import Latency, Study, Task, maximise, minimise, space_from
+from nasplat.cost import Measurement
+from nasplat.cost.bench import OWNED
+from nasplat.cost.timing import Schedule
+from nasplat.errors import InvalidInputError, NasplatError, UnsupportedError
 
 
 @pytest.fixture(scope="module", autouse=True)
 def local_ray():
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, resources={"board": 1})
     # Workers cannot import test modules; a user's script, which is __main__, travels in this way by itself.
     for name in (__name__, "helpers"):
         ray.cloudpickle.register_pickle_by_value(sys.modules[name])
@@ -165,6 +167,151 @@ def test_what_can_never_be_placed_is_refused_at_once(folder):
         ladder(folder).run(max_trials=2, workers=1, cpus_per_trial=64)
 
 
+# The bench.
+
+PROCESSORS = sorted(os.sched_getaffinity(0))
+
+
+@dataclass(frozen=True)
+class Noting:
+    """Measures as a meter of time does, and notes when and where in a file."""
+
+    log: str
+    label: str
+    on: str | None = None
+    trained = False
+
+    @property
+    def metrics(self):
+        return (f"noted_{self.label}",)
+
+    def measure(self, model, example, bench):
+        def job(bench):
+            def note(what):
+                os.write(log, f"{what} {os.getpid()}\n".encode())
+
+            log = os.open(self.log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+            with bench.measuring() as processors:
+                note("[")
+                time.sleep(0.05)
+                note("]")
+            os.close(log)
+            return processors
+
+        processors = bench.run(job, self.on)
+        facts = {"trains": sorted(os.sched_getaffinity(0)), "measures": list(processors), "worker": os.getpid()}
+        return Measurement({f"noted_{self.label}": 1.0}, {}, {self.label: facts})
+
+
+def test_workers_measure_in_turn_on_one_bench_for_each_machine_and_train_beside_it(folder, blobs, monkeypatch):
+    monkeypatch.setenv(OWNED, str(PROCESSORS[-1]) if len(PROCESSORS) > 1 else "")
+    log = folder.with_name("log")
+    meters = [Noting(str(log), "here"), Noting(str(log), "board", on="board")]
+    result = trained(folder, blobs, meters=meters, retrain_duplicates=True).run(max_trials=4, workers=2)
+    assert result.table().state.tolist() == ["complete"] * 4
+    lines = [line.split() for line in log.read_text().splitlines()]
+    assert [what for what, _ in lines] == ["[", "]"] * 8  # never within another, of the other machine's name neither
+    assert all(begin == end for (_, begin), (_, end) in zip(lines[::2], lines[1::2], strict=True))
+    facts = [trial.facts[label] for trial in result.trials for label in ("here", "board")]
+    benches = {int(process) for _, process in lines}
+    assert len(benches) == 2 and benches.isdisjoint(fact["worker"] for fact in facts)
+    if len(PROCESSORS) > 1:
+        assert all(fact["measures"] == PROCESSORS[-1:] and fact["trains"] == PROCESSORS[:-1] for fact in facts)
+    until = time.monotonic() + 30
+    while any(Path(f"/proc/{process}").exists() for process in benches) and time.monotonic() < until:
+        time.sleep(0.05)
+    assert not any(Path(f"/proc/{process}").exists() for process in benches)  # the run took them with it
+
+
+def test_a_machine_that_no_node_has_is_refused_before_any_trial(folder, blobs):
+    meters = [Noting(str(folder.with_name("log")), "there", on="rpi5")]
+    with pytest.raises(
+        InvalidInputError, match=r"on='rpi5'.*there are: CPU, board\. .*ray start --address.*\{\"rpi5\": 1\}"
+    ):
+        trained(folder, blobs, meters=meters).run(max_trials=1, workers=1)
+    assert nasplat.load(folder).table().empty
+
+
+@dataclass(frozen=True)
+class Hard:
+    """Measures the number of outputs; some do not go well."""
+
+    calls: str
+    metrics = ("outputs",)
+    trained = False
+
+    def measure(self, model, example, bench):
+        outputs = model(example).shape[1]
+
+        def job(bench):
+            call = counted(Path(self.calls), outputs)
+            with bench.measuring():
+                if outputs == 4:
+                    raise UnsupportedError("four is too many")
+                if outputs == 5 and call == 1:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                if outputs == 6:
+                    os._exit(1)
+                if outputs == 7:
+                    pow(3, 10**9)  # in C, and does not let the interpreter go
+            return outputs
+
+        return Measurement({"outputs": float(bench.run(job))})
+
+
+def outputs(genes):
+    from torch import nn
+
+    return nn.Linear(4, genes["outputs"])
+
+
+@dataclass(frozen=True)
+class Counting:
+    """Proposes every architecture of a space of one choice, in order."""
+
+    def propose(self, history, rng):
+        space = history.space
+        ((name, options),) = space.choices.items()
+        return nasplat.Evaluate(space.architecture({name: options[len(history)]}))
+
+
+def hard(folder, blobs, options, **changes):
+    calls = folder.with_name("calls")
+    calls.mkdir()
+    space = space_from(outputs, {"outputs": options})
+    study = trained(folder, blobs, space=space, strategy=Counting(), meters=[Hard(str(calls))], **changes)
+    return study.run(max_trials=len(options), workers=1), calls
+
+
+def test_what_a_measurement_raises_arrives_as_it_was(folder, blobs):
+    result, calls = hard(folder, blobs, (4, 3))
+    table = result.table()
+    assert table.state.tolist() == ["failed", "complete"]
+    assert table.reason[0] == "UnsupportedError: four is too many"
+    assert "On the bench, " in result.trials[0].traceback and "in job" in result.trials[0].traceback
+    assert table.outputs[1] == 3
+    assert {path.name: path.stat().st_size for path in calls.iterdir()} == {"4": 1, "3": 1}
+
+
+@pytest.mark.slow
+def test_a_bench_that_dies_measures_again_once_and_one_that_hangs_is_not_kept(folder, blobs):
+    result, calls = hard(folder, blobs, (5, 6, 7, 3), time_limit_s=60.0)
+    table = result.table()
+    assert table.state.tolist() == ["complete", "failed", "failed", "complete"]
+    assert table.reason[1].startswith("NasplatError: the bench died twice while it measured")
+    assert table.reason[2] == "past its time limit of 60 s; its worker was killed"
+    assert {name: (calls / name).stat().st_size for name in "563"} == {"5": 2, "6": 2, "3": 1}
+
+
+def test_a_study_that_minimises_latency(folder, blobs):
+    meter = Latency(schedule=Schedule(blocks=2, seconds=0.0, patience_s=0.05))
+    given = dict(meters=[meter], objectives=[maximise("val_accuracy"), minimise("latency_ms")])
+    result = trained(folder, blobs, **given).run(max_trials=3, workers=2)
+    table = result.table()
+    assert table.state.tolist() == ["complete"] * 3 and (table.latency_ms > 0).all()
+    assert all(trial.facts["latency_ms"]["machine"] for trial in result.trials)
+
+
 SCRIPT = """
 import os, signal, sys, threading, time
 from helpers import InOrder, Ladder
@@ -216,12 +363,18 @@ def test_an_address_where_nothing_answers_is_refused_at_once():
 
 CLUSTER = """
 import os, sys
+from dataclasses import dataclass
+import ray
 from ray.cluster_utils import Cluster
+from helpers import Drawn, Mlp
 from nasplat import Study, Task, maximise, space_from
+from nasplat.cost import Measurement
 from strategies import RandomSearch
+import torch
 
 cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
-cluster.add_node(num_cpus=1)
+cluster.add_node(num_cpus=1, resources={"bench": 1})
+board = cluster.add_node(num_cpus=0, resources={"rpi5": 1})
 os.environ["RAY_ADDRESS"] = cluster.address
 space = space_from(lambda genes: None, {"width": tuple(range(8))})
 
@@ -233,18 +386,40 @@ def evaluate(architecture, budget, seed):
 study = Study(space, RandomSearch(), Task.from_function(evaluate), [maximise("val_accuracy")],
               folder=sys.argv[1], tracker=None, progress=False)
 print(len(study.run(6, workers=2).history.scored()), "trials")
+
+
+@dataclass(frozen=True)
+class Node:
+    on: str | None = None
+    trained = False
+
+    @property
+    def metrics(self):
+        return (f"node_{self.on}",)
+
+    def measure(self, model, example, bench):
+        def job(bench):
+            return [node["Resources"] for node in ray.nodes()
+                    if node["NodeID"] == ray.get_runtime_context().get_node_id()][0]
+        resources = bench.run(job, self.on)
+        return Measurement({f"node_{self.on}": 1.0}, {}, {f"node_{self.on}": sorted(resources)})
+
+
+task = Task.from_tensors(torch.randn(60, 4), torch.arange(60) % 3, epochs=1, batch_size=32, name="noise")
+study = Study(Mlp(), Drawn(), task, [maximise("val_accuracy")], meters=[Node(), Node("rpi5")],
+              folder=sys.argv[1] + "-measured", tracker=None, progress=False)
+for trial in study.run(2, workers=2).trials:
+    print("rpi5" in trial.facts["node_rpi5"], "bench" in trial.facts["node_None"])
 cluster.shutdown()
 """
 
 
 @pytest.mark.slow
 def test_a_cluster_of_two_nodes_through_its_address(tmp_path):
-    done = subprocess.run(
-        [sys.executable, "-c", CLUSTER, str(tmp_path / "cluster")],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == ["6", "trials"]
+    process = python(CLUSTER, tmp_path / "cluster")
+    try:
+        out, err = process.communicate(timeout=300)
+    finally:
+        process.kill()
+    assert process.returncode == 0, err
+    assert out.splitlines() == ["6 trials", "True True", "True True"]

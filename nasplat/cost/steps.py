@@ -1,0 +1,367 @@
+"""Latency of binary networks from the steps of their packed programs, each measured once on this machine.
+
+A network's latency is no sum over its choices: edges that read one value share its packed bits, sums are fused into
+what comes before them. It is nearly a sum over the steps that are left after that. A space has few different steps, and
+all its networks are made of them.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy.optimize import least_squares
+from torch import Tensor, nn
+
+from nasplat.architecture import Architecture
+from nasplat.checks import is_whole
+from nasplat.cost.accuracy import Accuracy
+from nasplat.cost.bench import Bench
+from nasplat.cost.machine import steady
+from nasplat.cost.meter import CostMeter
+from nasplat.cost.readings import Progress, Readings, WholeNetworks, silent, subject, table_facts
+from nasplat.cost.table import HELD_OUT, CostTable, check_held_out
+from nasplat.errors import InvalidInputError, UnsupportedError
+from nasplat.packed import PackedProgram, pack
+from nasplat.packed.steps import step_keys, step_kind, timed_steps
+from nasplat.space import SearchSpace
+
+VERSION = 1
+
+FITTED = 24
+"""Whole networks that the scales are fitted to."""
+
+PATIENCE = 30
+"""Networks in a row that have no new step, after which all steps of a space are taken to be known."""
+
+MOST = 600
+"""Networks after which a space has too many steps."""
+
+ROUNDS = 5
+"""How often each step is measured, some seconds apart: what disturbs at one time does not at another."""
+
+PRIOR = 0.1
+"""How far the scale of one kind of step may be from that of all, as a share, where the data do not say more."""
+
+NOISE = 0.01
+"""Relative error of a whole network's latency that is expected; what is much further off counts less."""
+
+
+@dataclass(frozen=True)
+class StepTable:
+    """Milliseconds of the steps of one space's packed programs, and how they add up. Made by :meth:`measured`.
+
+    A network's latency is ``constant + sum of scale[kind of step] * time of step``. The scales say what a step takes
+    among others, when it was measured by itself, over and over; constant and scales are fitted to whole networks.
+
+    Attributes:
+        metric: What is given: ``latency_ms``.
+        space: Identity of the space that it belongs to.
+        steps: Milliseconds of each step by its key (``nasplat.packed.steps``).
+        constant: Milliseconds that every network takes.
+        scales: Factor per kind of step.
+        accuracy: On networks that neither steps nor scales were fitted to.
+        facts: How it was made: runtime, versions, threads, processor, date, seconds; ``covered`` is the share of new
+            samples that had no unknown step.
+    """
+
+    metric: str
+    space: str
+    steps: tuple[tuple[str, float], ...] = field(repr=False)
+    constant: float
+    scales: tuple[tuple[str, float], ...]
+    accuracy: Accuracy
+    facts: Mapping[str, str | int | float] = field(default_factory=dict, hash=False, repr=False)
+
+    def __post_init__(self) -> None:
+        numbers = [self.constant, *(value for _, value in (*self.steps, *self.scales))]
+        if not all(math.isfinite(value) and value >= 0 for value in numbers):
+            raise InvalidInputError(f"step table of {self.metric}: every time and scale must be finite and at least 0")
+        lacking = {step_kind(key) for key, _ in self.steps} - {kind for kind, _ in self.scales}
+        if lacking:
+            raise InvalidInputError(f"step table of {self.metric}: no scale for {', '.join(sorted(lacking))}")
+
+    # Making one.
+
+    @classmethod
+    def measured(
+        cls,
+        space: SearchSpace,
+        example: Tensor,
+        meter: CostMeter,
+        metric: str = "latency_ms",
+        *,
+        bench: Bench | None = None,
+        seed: int = 0,
+        fitted: int = FITTED,
+        held_out: int = HELD_OUT,
+        readings: str | Path | None = None,
+        progress: Progress = silent,
+    ) -> Self:
+        """Measure the steps of a space on this machine: ``StepTable.measured(space, x, Latency("packed"))``.
+
+        Architectures are sampled, built and packed until they bring no new step. Each step is then timed in several
+        rounds, and some whole networks are measured.
+
+        Args:
+            space: Of binary networks.
+            example: One input ``(1, channels, height, width)``.
+            meter: Measures a built network on packed bits. Its metric is what the table gives.
+            metric: One of the meter's.
+            bench: Where measuring is exclusive; None takes this machine's.
+            seed: Of the architectures.
+            fitted: Whole networks that the scales are fitted to, 8 or more.
+            held_out: Whole networks besides, that the table is judged on, 20 or more.
+            readings: See :meth:`nasplat.cost.table.CostTable.measured`.
+            progress: Told of each network that was packed, each round of timing, each network that was measured.
+
+        Raises:
+            UnsupportedError: The space's networks cannot be packed, or Numba is not installed.
+            InvalidInputError: No such metric, too few networks, or ``readings`` are those of something else.
+        """
+        check_held_out(held_out)
+        if not is_whole(fitted, 8):
+            raise InvalidInputError(f"fitted is {fitted!r}; legal: an integer from 8 up")
+        bench = bench or Bench()
+        kept = Readings(Path(readings) if readings else None, subject("steps", space, example, meter, metric))
+        whole = WholeNetworks(space, example, meter, metric, bench, kept)
+        rng = np.random.default_rng(seed)
+        packing = _Packing(space, example, bench)
+        packing.explore(rng, progress)
+        chosen = [space.sample(rng) for _ in range(fitted)]
+        found = [packing.keys(architecture) for architecture in chosen]
+        held, covered = packing.known(rng, held_out)
+        architectures, programs = [*chosen, *held], packing.programs
+        # Whole networks between the rounds, so that both see the machine at the same times.
+        costs = []
+        for turn, part in enumerate(np.array_split(np.arange(len(architectures)), ROUNDS)):
+            _time(programs, bench, kept, turn + 1, progress)
+            for number in part:
+                progress("networks", int(number), len(architectures))
+                costs.append(whole(architectures[number]))
+        progress("networks", len(architectures), len(architectures))
+        steps = {key: min(kept[key]) for keys in programs.values() for key in keys}
+        constant, scales = _fit(found, costs[:fitted], steps)
+        table = cls(
+            metric,
+            space.identity,
+            tuple(sorted(steps.items())),
+            constant,
+            tuple(sorted(scales.items())),
+            Accuracy.of([1.0, 1.0], [1.0, 1.0]),
+        )
+        predicted = [table._sum(packing.keys(architecture)) for architecture in held]
+        return replace(
+            table,
+            accuracy=Accuracy.of(predicted, costs[fitted:]),
+            facts={
+                **table_facts(kept, example, whole.calls, whole.suspect),
+                "steps": len(steps),
+                "covered": round(covered, 3),
+            },
+        )
+
+    # Using one.
+
+    def predict(self, architecture: Architecture, model: nn.Module, example: Tensor) -> float | None:
+        """Milliseconds of a built network; None where it has a step that is not in the table.
+
+        Args:
+            architecture: Of the network.
+            model: The network; it is left as it is.
+            example: One input ``(1, channels, height, width)``.
+
+        Raises:
+            InvalidInputError: The architecture is of another space, or the table of another input.
+        """
+        if architecture.space != self.space:
+            raise InvalidInputError(f"a step table of {self.space} has no times for {architecture.space}")
+        shape = "x".join(map(str, example.shape[1:]))
+        if self.facts.get("input", shape) != shape:
+            raise InvalidInputError(f"the step table was made for inputs {self.facts['input']}; this one is {shape}")
+        keys = step_keys(_packed(model, example))
+        return None if any(key not in self._times for key in keys) else self._sum(keys)
+
+    def table(self, space: SearchSpace, example: Tensor, seed: int = 0, progress: Progress = silent) -> CostTable:
+        """The additive table nearest to this one: the expected latency of mixtures, for a loss.
+
+        Nothing is measured, but some hundreds of networks are built and packed. How much is lost by adding up choices
+        instead of steps is the new table's ``accuracy``, which is against this one.
+
+        Args:
+            space: The table's.
+            example: As the table was made with.
+            seed: Of the architectures.
+            progress: Told of each network.
+        """
+        greatest = dict(self._times)
+
+        def cost(architecture: Architecture) -> float:
+            with torch.random.fork_rng(devices=[]):
+                program = _packed(space.build(architecture).eval(), example)
+            unknown = set(step_keys(program)) - set(greatest)
+            if unknown:
+                greatest.update(timed_steps(program, unknown))
+            return replace(self, steps=tuple(greatest.items()))._sum(step_keys(program))
+
+        if space.identity != self.space:
+            raise InvalidInputError(f"a step table of {self.space} has no times for {space.identity}")
+        made = CostTable.fit(space, self.metric, cost, np.random.default_rng(seed), oversampling=2.0, progress=progress)
+        return replace(made, facts={**self.facts, "of": "step table"})
+
+    @cached_property
+    def _times(self) -> dict[str, float]:
+        return dict(self.steps)
+
+    def _sum(self, keys: Sequence[str]) -> float:
+        scales = dict(self.scales)
+        return self.constant + sum(scales[step_kind(key)] * self._times[key] for key in keys)
+
+    # Files.
+
+    def save(self, path: str | Path) -> Path:
+        """Write the table as JSON."""
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps({"nasplat_step_table": VERSION, **asdict(self)}, indent=1))
+        return path
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """Read a table that :meth:`save` wrote.
+
+        Raises:
+            InvalidInputError: The file is not a step table of a version that this nasplat reads.
+        """
+        try:
+            record = json.loads(Path(path).read_text())
+            version = record.pop("nasplat_step_table")
+            if version != VERSION:
+                raise InvalidInputError(f"{path} is a step table of version {version!r}; legal: {VERSION}")
+            for name in ("steps", "scales"):
+                record[name] = tuple((str(key), float(value)) for key, value in record[name])
+            record["accuracy"] = Accuracy.from_json(record["accuracy"])
+            return cls(**record)
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            if isinstance(error, InvalidInputError):
+                raise
+            raise InvalidInputError(f"{path} is not a step table: {type(error).__name__}: {error}") from error
+
+
+def _packed(model: nn.Module, example: Tensor) -> PackedProgram:
+    with torch.no_grad():
+        return pack(copy.deepcopy(model).cpu().eval(), example[:1].cpu())
+
+
+class _Packing:
+    """Packs networks of a space, and keeps a program for each step that it came across.
+
+    Attributes:
+        programs: Which steps are to be timed in which program.
+    """
+
+    def __init__(self, space: SearchSpace, example: Tensor, bench: Bench) -> None:
+        self.programs: dict[PackedProgram, set[str]] = {}
+        self._space, self._example, self._bench = space, example, bench
+        self._known: set[str] = set()
+        self._keys: dict[str, tuple[str, ...]] = {}
+
+    def keys(self, architecture: Architecture, keep: bool = True) -> tuple[str, ...]:
+        """Keys of a network's steps; those that were unknown are to be timed, if kept."""
+        had = self._keys.get(architecture.id)
+        if had is not None:
+            return had
+        with self._bench.training(), torch.random.fork_rng(devices=[]):
+            program = _packed(self._space.build(architecture).eval(), self._example)
+            keys = step_keys(program)
+        new = set(keys) - self._known
+        if new and keep:
+            self.programs[program] = new
+            self._known |= new
+        if not new or keep:
+            self._keys[architecture.id] = keys
+        return keys
+
+    def explore(self, rng: np.random.Generator, progress: Progress) -> None:
+        """Sample until networks bring no new step.
+
+        Raises:
+            UnsupportedError: There are too many steps.
+        """
+        tried = since = 0
+        while since < PATIENCE:
+            progress("programs", tried, None)
+            if tried >= MOST:
+                raise UnsupportedError(
+                    f"{tried} networks of {self._space.name} had {len(self._known)} different steps, and there are "
+                    "still new ones: too many to time each. CostTable.measured adds up choices instead"
+                )
+            before = len(self._known)
+            self.keys(self._space.sample(rng))
+            since = 0 if len(self._known) > before else since + 1
+            tried += 1
+
+    def known(self, rng: np.random.Generator, count: int) -> tuple[list[Architecture], float]:
+        """Other samples that have no unknown step, and which share of the samples they were.
+
+        Raises:
+            UnsupportedError: Most have one.
+        """
+        found: list[Architecture] = []
+        tried = 0
+        while len(found) < count:
+            if tried >= 4 * count:
+                raise UnsupportedError(
+                    f"of {tried} networks of {self._space.name} only {len(found)} had no unknown step; {count} are "
+                    "needed to judge a step table on. CostTable.measured adds up choices instead"
+                )
+            architecture = self._space.sample(rng)
+            tried += 1
+            if self._known.issuperset(self.keys(architecture, keep=False)):
+                found.append(architecture)
+        return found, len(found) / tried
+
+
+def _time(
+    programs: Mapping[PackedProgram, set[str]], bench: Bench, kept: Readings, turns: int, progress: Progress
+) -> None:
+    """Bring each step to so many readings."""
+    for done, (program, keys) in enumerate(programs.items()):
+        progress(f"steps, round {turns} of {ROUNDS}", done, len(programs))
+        wanted = {key for key in keys if len(kept[key]) < turns}
+        if wanted:
+            with bench.measuring(1) as processors, steady(1, processors):
+                for key, milliseconds in timed_steps(program, wanted):
+                    kept.add(key, milliseconds)
+
+
+def _fit(
+    found: Sequence[Sequence[str]], costs: Sequence[float], steps: Mapping[str, float]
+) -> tuple[float, dict[str, float]]:
+    """Constant, and scale per kind: robust relative least squares, with all scales near that of the whole."""
+    kinds = sorted({step_kind(key) for key in steps})
+    sums: NDArray[np.float64] = np.zeros((len(found), len(kinds)))
+    for row, keys in zip(sums, found, strict=True):
+        for key, count in Counter(keys).items():
+            row[kinds.index(step_kind(key))] += count * steps[key]
+    measured = np.asarray(costs)
+    scale = float(np.median(measured / sums.sum(1)))
+
+    def errors(x: NDArray[np.float64]) -> NDArray[Any]:
+        data = ((x[0] * measured.min() + sums @ (scale * x[1:])) / measured - 1) / NOISE
+        return np.concatenate([data, [x[0] / PRIOR], (x[1:] - 1) / PRIOR])
+
+    start = np.concatenate([[0.0], np.ones(len(kinds))])
+    best = least_squares(errors, start + 1e-6, bounds=(0.0, np.inf), loss="soft_l1").x
+    constant = float(best[0] * measured.min())
+    return constant, {kind: float(scale * x) for kind, x in zip(kinds, best[1:], strict=True)}
