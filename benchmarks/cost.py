@@ -4,10 +4,10 @@
     python benchmarks/cost.py --part retest --networks 10 --spaces bats sandglass
 
 Parts:
-    retest   random networks of each space are measured twice, all of them once before any of them again: the difference,
-             the rank correlation, and values that are off by over 10 % without being flagged. First with the other
-             cores idle, then while a study trains on them (it pauses for measurements, as all studies do), then with
-             work on them that knows nothing of the bench (``--loads``).
+    retest   random networks of each space are measured twice, all of them once before any of them again: the
+             difference, the rank correlation, and values that are off by over 10 % without being flagged. First with
+             the other cores idle, then while a study trains on them (it pauses for measurements, as all studies do),
+             then with work on them that knows nothing of the bench (``--loads``).
     proxies  the rank correlation of what is used in place of a measurement with the measured latency: parameters, MACs,
              OPs, the training graph's time in eager torch.
     table    a table of costs is built for each binary space and predicts networks that it has not seen.
@@ -20,6 +20,7 @@ Networks have images of 3x32x32. Binary ones are measured on packed bits, the ot
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import platform
 import subprocess
@@ -39,7 +40,7 @@ import torch
 from scipy import stats
 
 from nasplat import Architecture, Latency
-from nasplat.cost import Bench, CostTable, Count, PeakMemory
+from nasplat.cost import Accuracy, Bench, Count, PeakMemory, StepTable
 from nasplat.cost.machine import processor
 from nasplat.cost.timing import Timing, TimingJob
 from nasplat.runtimes import Runtime, named
@@ -183,8 +184,8 @@ def compare(first: Sequence[Timing], second: Sequence[Timing]) -> dict[str, Any]
 def retest(names: Sequence[str], count: int, loads: Sequence[str], bench: Bench) -> dict[str, Any]:
     """The first part; also gives the measured values, which others compare with."""
     found: dict[str, Any] = {}
-    print(f"{'space':15}{'beside':>10}{'ms':>16}{'median diff':>13}{'p90':>8}{'Spearman':>10}{'flagged':>9}", end="")
-    print(f"{'unflagged: diff':>17}{'Spearman':>10}{'silent >10%':>13}{'s each':>8}")
+    heads = ("median diff", "p90", "Spearman", "flagged", "unflagged: diff", "Spearman", "silent >10%", "s each")
+    _line("space", "beside", "ms", *heads)
     for name in names:
         networks = Networks(name, count)
         for kind in loads:
@@ -196,11 +197,19 @@ def retest(names: Sequence[str], count: int, loads: Sequence[str], bench: Bench)
             row["export_seconds_each"] = float(np.median(networks.export_seconds))
             row["ms"] = [[x.median_ms, y.median_ms] for x, y in zip(first, second, strict=True)]
             found[f"{name}/{kind}"] = row
-            span = f"{row['least_ms']:.2f}-{row['greatest_ms']:.2f}"
-            print(f"{name:15}{kind:>10}{span:>16}{row['median_difference']:>13.2%}{row['p90_difference']:>8.1%}", end="")
-            print(f"{row['spearman']:>10.4f}{row['flagged']:>9}{_percent(row['unflagged_median_difference']):>17}", end="")
-            print(f"{_number(row['unflagged_spearman']):>10}{row['silent_outliers']:>13}{row['seconds_each']:>8.2f}")
-            sys.stdout.flush()
+            _line(
+                name,
+                kind,
+                f"{row['least_ms']:.2f}-{row['greatest_ms']:.2f}",
+                f"{row['median_difference']:.2%}",
+                f"{row['p90_difference']:.1%}",
+                f"{row['spearman']:.4f}",
+                str(row["flagged"]),
+                _percent(row["unflagged_median_difference"]),
+                _number(row["unflagged_spearman"]),
+                str(row["silent_outliers"]),
+                f"{row['seconds_each']:.2f}",
+            )
     return found
 
 
@@ -208,7 +217,7 @@ def proxies(names: Sequence[str], count: int, bench: Bench) -> dict[str, Any]:
     """The second part."""
     found: dict[str, Any] = {}
     header = ("params", "macs", "ops", "training graph")
-    print(f"{'space':15}" + "".join(f"{name:>26}" for name in header) + f"{'graph / deployed':>18}")
+    _line("space", *header, "graph / deployed", width=24)
     for name in names:
         networks = Networks(name, count)
         latency = np.array([timing.median_ms for timing in networks.measure(bench)[0]])
@@ -222,40 +231,53 @@ def proxies(names: Sequence[str], count: int, bench: Bench) -> dict[str, Any]:
             values["training graph"].append(TimingJob(eager, eager.export(model, EXAMPLE), EXAMPLE)(bench).median_ms)
         row = {proxy: _spearman(given, latency) for proxy, given in values.items()}
         found[name] = {**row, "graph_ratio": float(np.median(np.array(values["training graph"]) / latency))}
-        cells = "".join(f"{value:>+12.3f} [{low:+.2f}, {high:+.2f}]" for value, low, high in row.values())
-        print(f"{name:15}{cells}{found[name]['graph_ratio']:>17.2f}x", flush=True)
+        cells = [f"{value:+.3f} [{low:+.2f}, {high:+.2f}]" for value, low, high in row.values()]
+        _line(name, *cells, f"{found[name]['graph_ratio']:.2f}x", width=24)
     return found
 
 
 def tables(names: Sequence[str], count: int, bench: Bench) -> dict[str, Any]:
     """The third part."""
     found: dict[str, Any] = {}
-    print(f"{'space':15}{'build s':>9}{'Spearman':>26}{'Kendall':>9}{'median error':>14}")
+    _line("space", "build s", "Spearman", "interval", "Kendall", "median error", "slope", "steps", "unknown", "suspect")
     for name in names:
         networks = Networks(name, count, seed=2)
         begin = time.perf_counter()
-        table = CostTable.measured(
-            networks.space, EXAMPLE, Latency(networks.runtime, twins=False), bench=bench, seed=0
-        )
-        seconds = time.perf_counter() - begin
-        predicted = np.array([table.cost(architecture) for architecture in networks.architectures])
-        measured = np.array([timing.median_ms for timing in networks.measure(bench)[0]])
-        value, low, high = _spearman(predicted, measured)
+        table = StepTable.measured(networks.space, EXAMPLE, Latency(networks.runtime, twins=False), bench=bench)
+        built = time.perf_counter() - begin
+        timings, _ = networks.measure(bench)
+        given = [table.predict(one, networks.build(one), EXAMPLE) for one in networks.architectures]
+        pairs = [(p, timing.median_ms) for p, timing in zip(given, timings, strict=True) if p is not None]
+        predicted, measured = zip(*pairs, strict=True)
+        value, low, high = _spearman(predicted, np.array(measured))
+        accuracy = Accuracy.of(predicted, measured)
         found[name] = {
-            "build_seconds": seconds,
+            "build_seconds": built,
+            "steps": len(table.steps),
+            "unknown": count - len(pairs),
+            "suspect": sum(bool(timing.suspect) for timing in timings),
             "spearman": (value, low, high),
-            "kendall": float(stats.kendalltau(predicted, measured).statistic),
-            "median_relative_error": float(np.median(np.abs(predicted / measured - 1))),
+            "accuracy": dataclasses.asdict(accuracy),
+            "facts": dict(table.facts),
+            "ms": pairs,
         }
-        print(f"{name:15}{seconds:>9.0f}{value:>+12.4f} [{low:+.2f}, {high:+.2f}]", end="")
-        print(f"{found[name]['kendall']:>9.3f}{found[name]['median_relative_error']:>14.2%}", flush=True)
+        _line(
+            name,
+            f"{built:.0f}",
+            f"{value:.4f}",
+            f"{low:.3f}..{high:.3f}",
+            f"{accuracy.kendall_tau:.3f}",
+            f"{accuracy.median_relative_error:.2%}",
+            f"{accuracy.calibration:.3f}",
+            *(str(found[name][key]) for key in ("steps", "unknown", "suspect")),
+        )
     return found
 
 
 def seconds(names: Sequence[str], bench: Bench) -> dict[str, Any]:
     """The fourth part."""
     found: dict[str, Any] = {}
-    print(f"{'space':15}{'export s':>10}{'timing s':>10}{'both s':>8}{'with twins s':>14}{'memory s':>10}{'memory MB':>11}")
+    _line("space", "export s", "timing s", "both s", "with twins s", "memory s", "memory MB")
     for name in names:
         networks = Networks(name, 6)
         timings, taken = networks.measure(bench)
@@ -273,8 +295,8 @@ def seconds(names: Sequence[str], bench: Bench) -> dict[str, Any]:
         }
         found[name] = row
         both = row["export_seconds"] + row["timing_seconds"]
-        print(f"{name:15}{row['export_seconds']:>10.2f}{row['timing_seconds']:>10.2f}{both:>8.2f}", end="")
-        print(f"{twins:>14.2f}{row['memory_seconds']:>10.2f}{memory / 1e6:>11.1f}", flush=True)
+        numbers = (row["export_seconds"], row["timing_seconds"], both, twins, row["memory_seconds"], memory / 1e6)
+        _line(name, *(f"{number:.2f}" for number in numbers))
     return found
 
 
@@ -295,6 +317,11 @@ def _spearman(a: Sequence[float] | np.ndarray, b: np.ndarray) -> tuple[float, fl
         pairs, statistic, paired=True, vectorized=False, n_resamples=999, method="percentile", rng=0
     )
     return statistic(*pairs), float(found.confidence_interval.low), float(found.confidence_interval.high)
+
+
+def _line(first: str, *cells: str, width: int = 16) -> None:
+    """A row of a table."""
+    print(f"{first:15}" + "".join(f"{cell:>{width}}" for cell in cells), flush=True)
 
 
 def _percent(value: float | None) -> str:

@@ -119,9 +119,7 @@ class Worker:
         with leaving_owned_cores(), _threads(self.threads), seeded(seed):
             yield
 
-    def costs(
-        self, model: nn.Module, example: torch.Tensor, architecture: Architecture | None = None
-    ) -> Measurement:
+    def costs(self, model: nn.Module, example: torch.Tensor, architecture: Architecture | None = None) -> Measurement:
         """All that is known of a built network without training, limits or no limits; ``measure_seconds`` among it.
 
         Args:

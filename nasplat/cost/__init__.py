@@ -1,9 +1,9 @@
 """What a network costs, and where that is found out.
 
 Counted: ``count``, ``counter``. Measured: ``latency``, ``throughput``, ``memory``, ``energy``; by part: ``breakdown``.
-Where measuring is exclusive: ``bench``. ``zero_cost`` scores a network before it is trained. ``table`` looks costs up and
-gives the expected cost of a relaxed architecture, which ``resource`` puts into a loss; ``steps`` adds up the measured
-steps of packed programs; ``predicted`` is the meter that predicts from either.
+Where measuring is exclusive: ``bench``. ``zero_cost`` scores a network before it is trained. ``table`` looks costs up
+and gives the expected cost of a relaxed architecture, which ``resource`` puts into a loss; ``steps`` adds up the
+measured steps of packed programs; ``predicted`` is the meter that predicts from either.
 """
 
 from nasplat.cost.accuracy import Accuracy

@@ -169,6 +169,7 @@ class TimingJob:
             facts = {
                 "runtime": self.runtime.name,
                 **self.runtime.facts(),
+                **session.facts(),
                 "threads": self.threads,
                 "batch": len(self.example),
                 "processors": list(processors),

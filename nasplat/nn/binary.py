@@ -46,7 +46,7 @@ def sign(x: Tensor) -> Tensor:
     Returns:
         Same shape and dtype as ``x``.
     """
-    if torch.compiler.is_exporting() or torch.jit.is_tracing():
+    if torch.compiler.is_exporting() or torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
         # One plain operator, which every exporter knows.
         return torch.where(x >= 0, 1.0, -1.0).to(x.dtype)
     if not (torch.is_grad_enabled() and x.requires_grad):

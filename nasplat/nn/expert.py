@@ -51,7 +51,7 @@ def _conv_of_picked(x: Tensor, weight: Tensor, picks: Tensor, stride: int, paddi
         return _conv_as_product(x, weight[picks], stride, padding, groups)
     if len(x) == 1:
         return F.conv2d(x, weight[picks][0], None, stride, padding, 1, groups)
-    if torch.jit.is_tracing():
+    if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
         # For this batch size only, but for any picks: each example is a group of channels of one image.
         kernels = weight[picks].reshape(-1, *weight.shape[2:])
         y = F.conv2d(x.reshape(1, -1, *x.shape[2:]), kernels, None, stride, padding, 1, len(x) * groups)

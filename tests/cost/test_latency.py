@@ -416,7 +416,7 @@ def test_no_twins_for_a_plain_network_nor_where_they_are_not_wanted_nor_off_the_
 )
 def test_a_real_binary_network_end_to_end(bench):
     torch.manual_seed(0)
-    model, x = binary_network(), torch.randn(1, 1, 16, 16)
+    model, x = binary_network(), torch.randn(1, 1, 8, 8)
     measurement = Latency(schedule=QUICK).measure(model, x, bench)
     values = measurement.values
     for twin in ("fp32", "int8"):
