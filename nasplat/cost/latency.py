@@ -23,7 +23,7 @@ TWINS: Mapping[str, str] = {"fp32": "onnxruntime", "int8": "onnxruntime_int8"}
 """What a binary network is compared with, and on which runtime: the same network with real weights and activations."""
 
 PARTS = (
-    "mad", "p95", "samples", "block", "block_sd", "suspect", "disturbed", "anchor", "predicted", "checked",
+    "mad", "p95", "samples", "block", "block_sd", "suspect", "slow", "disturbed", "anchor", "predicted", "checked",
     "fp32", "int8", "fp32_suspect", "int8_suspect", "speedup_fp32", "speedup_int8", "not_faster",
 )  # fmt: skip
 """What follows the name of the metric in names of its own: no labels."""
@@ -121,7 +121,8 @@ class Latency:
 def _samples(name: str, timing: Timing) -> dict[str, list[float]]:
     return {
         name: timing.samples,
-        f"{name}_block": [float(index) for index, block in enumerate(timing.blocks) for _ in block],
+        f"{name}_block": [float(index) for index, block in enumerate(timing.counted) for _ in block],
+        f"{name}_slow": timing.slow,
         f"{name}_disturbed": [sample for block in timing.disturbed for sample in block],
         f"{name}_anchor": [time for pair in timing.anchor_ms for time in pair],
     }

@@ -14,6 +14,7 @@ import time
 from bisect import bisect_right, insort
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from hashlib import sha256
 from typing import Any
 
@@ -56,6 +57,12 @@ Small, because a machine may be quiet for a small share of the time, and nothing
 
 QUICKEST_BLOCKS = 0.1
 """The share of the blocks, among those between quick anchors, that is taken for undisturbed."""
+
+QUICKEST_RUNS = 0.1
+"""The share of the runs, among those of undisturbed blocks, that nothing at all disturbed."""
+
+SPREAD = 0.04
+"""Share by which runs that count may be slower than those: interrupts, and neighbours in the caches, take more."""
 
 LEAST_BLOCKS = 4
 """Blocks of a network that runs long, at least."""
@@ -108,10 +115,27 @@ class Timing:
     suspect: str
     facts: Mapping[str, Any] = field(default_factory=dict)
 
+    @cached_property
+    def counted(self) -> tuple[tuple[float, ...], ...]:
+        """The runs that count, block by block: those of the blocks, but for runs that something short disturbed."""
+        highest = self._highest
+        return tuple(tuple(run for run in block if run <= highest) for block in self.blocks)
+
+    @property
+    def slow(self) -> list[float]:
+        """The other runs of the blocks."""
+        highest = self._highest
+        return [run for block in self.blocks for run in block if run > highest]
+
+    @cached_property
+    def _highest(self) -> float:
+        runs = sorted(run for block in self.blocks for run in block)
+        return (1 + SPREAD) * runs[int(QUICKEST_RUNS * len(runs))]
+
     @property
     def samples(self) -> list[float]:
-        """All runs that count, in ms."""
-        return [sample for block in self.blocks for sample in block]
+        """The runs that count, in ms."""
+        return [run for block in self.counted for run in block]
 
     @property
     def median_ms(self) -> float:
@@ -126,14 +150,14 @@ class Timing:
 
     @property
     def p95_ms(self) -> float:
-        """The time that 95 % of the runs keep."""
-        ordered = sorted(self.samples)
+        """The time that 95 % of the blocks' runs keep, those that do not count included."""
+        ordered = sorted(run for block in self.blocks for run in block)
         return ordered[round(0.95 * (len(ordered) - 1))]
 
     @property
     def block_sd_ms(self) -> float:
         """Standard deviation of the blocks' medians."""
-        medians = [statistics.median(block) for block in self.blocks]
+        medians = [statistics.median(block) for block in self.counted if block]
         return statistics.stdev(medians) if len(medians) > 1 else 0.0
 
     @property

@@ -144,9 +144,10 @@ def test_values_samples_and_facts_belong_together(bench, runtime, label):
     assert values[f"{name}_samples"] == len(runs) == len(numbers)
     assert sum(run <= values[f"{name}_p95"] for run in runs) >= math.floor(0.95 * len(runs))
     blocks = [[run for run, n in zip(runs, numbers, strict=True) if n == number] for number in sorted(set(numbers))]
-    assert len(blocks) >= 4 and numbers == sorted(numbers)
-    assert values[f"{name}_block_sd"] == pytest.approx(statistics.stdev(map(statistics.median, blocks)))
-    assert len(samples[f"{name}_anchor"]) == 2 * len(blocks)
+    assert numbers == sorted(numbers)
+    deviation = statistics.stdev(map(statistics.median, blocks)) if len(blocks) > 1 else 0.0
+    assert values[f"{name}_block_sd"] == pytest.approx(deviation)
+    assert len(samples[f"{name}_anchor"]) >= 2 * len(blocks)  # of blocks, too, of which no run counts
     assert values[f"{name}_suspect"] == float("suspect" in facts)
 
     assert json.loads(json.dumps(dict(measurement.facts))) == measurement.facts
