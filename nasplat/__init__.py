@@ -7,7 +7,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 from nasplat.architecture import Architecture
 from nasplat.compare import Comparison, charged, compare, evaluations, hours
-from nasplat.cost import Count, Latency, ZeroCost
+from nasplat.cost import Count, Energy, Latency, PeakMemory, Predicted, Throughput, ZeroCost
 from nasplat.errors import NasplatError, NasplatWarning, SearchInterrupted
 from nasplat.joint_space import JointSpace
 from nasplat.mlflow_tracker import MlflowTracker
@@ -31,6 +31,7 @@ __all__ = [
     "Candidate",
     "Comparison",
     "Count",
+    "Energy",
     "Evaluate",
     "Explore",
     "Float",
@@ -42,7 +43,9 @@ __all__ = [
     "MlflowTracker",
     "NasplatError",
     "NasplatWarning",
+    "PeakMemory",
     "Phase",
+    "Predicted",
     "Recipe",
     "Report",
     "Result",
@@ -53,6 +56,7 @@ __all__ = [
     "Supernet",
     "Task",
     "Teacher",
+    "Throughput",
     "Trial",
     "ZeroCost",
     "at_least",

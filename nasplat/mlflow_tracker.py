@@ -164,11 +164,13 @@ class MlflowTracker:
             put = opened.client.log_artifacts if path.is_dir() else opened.client.log_artifact
             put(opened.parent_id, str(path), folder or None)
 
-    def end(self, state: str) -> None:
+    def end(self, state: str, metrics: Mapping[str, float] | None = None) -> None:
         """End the parent run: FINISHED, KILLED for ``interrupted``, FAILED."""
         opened = self._opened()
         with _quiet():
             _reach(opened.uri)
+            for name, value in (metrics or {}).items():
+                opened.client.log_metric(opened.parent_id, name, value)
             opened.client.set_tag(opened.parent_id, "nasplat.state", state)
             _terminate(opened.client, opened.parent_id, _STUDY_STATUS[state], _now_ms())
 

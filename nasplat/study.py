@@ -30,6 +30,7 @@ from nasplat.cost.energy import Energy
 from nasplat.cost.latency import Latency
 from nasplat.cost.memory import PeakMemory
 from nasplat.cost.meter import ArchitectureMeter, BatchMeter, CostMeter, Meter
+from nasplat.cost.predicted import Predicted, prediction_quality
 from nasplat.cost.throughput import Throughput
 from nasplat.cost.zero_cost import SCORES, ZeroCost
 from nasplat.errors import (
@@ -909,10 +910,19 @@ class _Session:
         if self._tracker is not None:
             if self._is_run and state != "failed":
                 self._put_front(self._tracker)
-            self._tracker.end(state)
+            self._tracker.end(state, self._prediction_quality())
             left = self._tracker.close(timeout=30.0)
             if left:
                 self.display.say(f"{left} trials are not in the record yet; the next run of the study writes them")
+
+    def _prediction_quality(self) -> dict[str, float]:
+        """How well costs were predicted, where they were, on the candidates that were measured as well."""
+        found: dict[str, float] = {}
+        for meter in self.study.meters:
+            if isinstance(meter, Predicted):
+                quality = prediction_quality(self.search.history.trials, meter.metric)
+                found |= quality.metrics(meter.metric) if quality is not None else {}
+        return found
 
     def _put_front(self, tracker: Backlog) -> None:
         """Put the front, with its errors, with the study's record."""

@@ -101,8 +101,13 @@ class Tracker(Protocol):
         """Put a file, or a folder's files, with the study's record, under ``folder``."""
         ...
 
-    def end(self, state: str) -> None:
-        """Close the study's record as ``complete``, ``interrupted`` or ``failed``. A resume opens it again."""
+    def end(self, state: str, metrics: Mapping[str, float] = ...) -> None:
+        """Close the study's record as ``complete``, ``interrupted`` or ``failed``. A resume opens it again.
+
+        Args:
+            state: One of these.
+            metrics: Of the study as a whole. Not given where there are none.
+        """
         ...
 
     def where(self, study: StudyRecord) -> str:
@@ -148,6 +153,7 @@ class Backlog:
         self._trials: dict[int, Trial] = {}
         self._artifacts: dict[tuple[Path, str], None] = {}
         self._end: str | None = None
+        self._metrics: Mapping[str, float] = {}
         self._failures: dict[_Item, int] = {}
         self._not_before: dict[_Item, float] = {}
         self._troubled = False
@@ -180,10 +186,16 @@ class Backlog:
             self._artifacts[Path(path), folder] = None
             self._wake.notify()
 
-    def end(self, state: str) -> None:
-        """Have the study's record closed as ``complete``, ``interrupted`` or ``failed``, when all else is written."""
+    def end(self, state: str, metrics: Mapping[str, float] | None = None) -> None:
+        """Have the study's record closed as ``complete``, ``interrupted`` or ``failed``, when all else is written.
+
+        Args:
+            state: One of these.
+            metrics: Of the study as a whole.
+        """
         with self._wake:
             self._end = state
+            self._metrics = metrics or {}
             self._wake.notify()
 
     def where(self) -> str:
@@ -276,7 +288,10 @@ class Backlog:
             case ("end",):
                 state = self._end
                 assert state is not None
-                self._tracker.end(state)
+                if self._metrics:
+                    self._tracker.end(state, self._metrics)
+                else:
+                    self._tracker.end(state)
                 with self._wake:
                     if self._end == state:
                         self._end = None

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import signal
 
 import pytest
@@ -22,6 +23,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def one_thread():
     """What is compared between runs is computed on one thread; two cores are shared with other work."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def own_bench(tmp_path_factory):
+    """Tests neither wait for measurements of other processes, nor leave anchors in the record of this machine."""
+    os.environ["NASPLAT_BENCH_FOLDER"] = str(tmp_path_factory.mktemp("bench"))
 
 
 @pytest.fixture(autouse=True, scope="session")

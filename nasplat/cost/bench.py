@@ -34,6 +34,11 @@ OWNED = "NASPLAT_BENCH_PROCESSORS"
 Where it is not set, nasplat chooses, and sets it, so that processes of its own choose the same.
 """
 
+FOLDER = "NASPLAT_BENCH_FOLDER"
+"""Environment variable: where the locks and the record of anchors lie. Containers of one machine exclude each other only
+where they have a folder in common.
+"""
+
 LEGAL = (
     "legal: numbers of processors ('3', or '3,7' for a core of two threads), or '' for none, so that training pauses "
     "while something is measured"
@@ -196,6 +201,8 @@ def _let_go(file: int) -> None:
 @lru_cache(maxsize=1)
 def _default_folder() -> Path:
     """One place per user and machine: not where ``TMPDIR`` points, which differs between the jobs of a machine."""
+    if os.environ.get(FOLDER):
+        return Path(os.environ[FOLDER])
     shared = Path("/tmp")
     place = shared if os.access(shared, os.W_OK | os.X_OK) else Path(tempfile.gettempdir())
     return place / f"nasplat-bench-{os.getuid()}"

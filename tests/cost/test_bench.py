@@ -183,7 +183,14 @@ def test_a_forked_child_takes_its_own_turn(tmp_path):
 def test_the_default_place_needs_no_user_name(monkeypatch):
     for name in ("LOGNAME", "USER", "LNAME", "USERNAME"):
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.delenv("NASPLAT_BENCH_FOLDER")
     assert str(os.getuid()) in Bench().folder.name
+
+
+def test_the_place_can_be_named(monkeypatch, tmp_path):
+    monkeypatch.setenv("NASPLAT_BENCH_FOLDER", str(tmp_path / "common"))
+    with Bench().measuring():
+        assert (tmp_path / "common" / "bench").exists()
 
 
 class Thread(threading.Thread):

@@ -41,15 +41,6 @@ QUICK = Schedule(blocks=2, seconds=0.0, patience_s=0.05)
 X = torch.zeros(1, 1, 8, 8)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def own_bench(tmp_path_factory):
-    """Nothing here is about real times, so there is no need to wait for other measurements on this machine."""
-    with pytest.MonkeyPatch.context() as patch:
-        place = tmp_path_factory.mktemp("bench")
-        patch.setattr("nasplat.cost.bench._default_folder", lambda: place)
-        yield
-
-
 # Accuracy.
 
 
