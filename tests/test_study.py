@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -43,6 +44,7 @@ from nasplat import (
     minimise,
     space_from,
 )
+from nasplat.cost import Bench
 from nasplat.cost.timing import Schedule
 from nasplat.errors import (
     FolderError,
@@ -734,6 +736,7 @@ def test_a_finished_study_starts_no_ray(tmp_path, monkeypatch):
     )  # fmt: skip
     study.run(2)
     started = []
+    monkeypatch.setattr("nasplat.runners.ray_tune.connected", lambda **named: contextlib.nullcontext(Bench()))
     monkeypatch.setattr("nasplat.runners.ray_tune.run", lambda *given, **named: started.append(given))
     assert len(study.run(2, workers=2).trials) == 2
     assert started == []

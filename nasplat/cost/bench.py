@@ -35,8 +35,9 @@ Where it is not set, nasplat chooses, and sets it, so that processes of its own 
 """
 
 FOLDER = "NASPLAT_BENCH_FOLDER"
-"""Environment variable: where the locks and the record of anchors lie. Containers of one machine exclude each other only
-where they have a folder in common.
+"""Environment variable: where the locks and the record of anchors lie.
+
+Containers of one machine exclude each other only where they have a folder in common.
 """
 
 LEGAL = (
