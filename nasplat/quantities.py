@@ -5,13 +5,20 @@ from __future__ import annotations
 UNITS = {"ms": "ms", "us": "us", "seconds": "s", "s": "s", "bytes": "B", "mj": "mJ", "joules": "J", "watts": "W"}
 """Units by the last part of a metric's name."""
 
+DIMENSIONLESS = ("_suspect", "_samples", "_speedup_", "_not_faster", "_prediction_error")
+"""Parts of names that stand for numbers without a unit, whatever else is in the name."""
+
 _POWERS = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 
 
 def unit_of(metric: str) -> str:
-    """The unit that ends a metric's name (``ms`` of ``latency_ms``); "" where there is none."""
-    stem, _, suffix = metric.rpartition("_")
-    return UNITS.get(suffix.lower(), "") if stem else ""
+    """The unit in a metric's name (``ms`` of ``latency_ms`` and of ``latency_ms_phone``); "" where there is none."""
+    if any(part in metric for part in DIMENSIONLESS):
+        return ""
+    if "_per_s" in metric:
+        return "/s"
+    parts = metric.lower().split("_")[1:]
+    return next((UNITS[part] for part in reversed(parts) if part in UNITS), "")
 
 
 def quantity(metric: str, value: float) -> str:

@@ -297,6 +297,24 @@ class Study:
                     "so it cannot become an objective or a constraint of this study; use another folder"
                 )
 
+        self._check_same_meters(events)
+
+    def _check_same_meters(self, events: Sequence[Mapping[str, Any]]) -> None:
+        """Warn where a metric that decides is measured in another way than in past runs."""
+        if not any(event["event"] == "finish" for event in events):
+            return
+        runs = [event for event in events if event["event"] in ("study", "session")]
+        past = {canonical(meter) for event in runs for meter in event["meters"]}
+        for meter in self.meters:
+            decides = [name for name in self._wanted() if name in meter.metrics]
+            if decides and canonical(describe(meter)) not in past:
+                warnings.warn(
+                    f"{self.folder}: past trials did not have {', '.join(decides)} from {meter!r}, so their values and "
+                    "new ones may not be comparable; give the meter that they had, or use another folder",
+                    NasplatWarning,
+                    stacklevel=4,
+                )
+
     def _check_same(self, header: Mapping[str, Any]) -> None:
         """Refuse a folder whose journal begins with the header of another study."""
         for part, own in self._identity().items():
@@ -370,7 +388,7 @@ class Study:
         """Refuse a meter that can measure no network at all: its runtime does not work where it is measured."""
         done: set[str] = set()
         for meter in self.meters:
-            if not all(hasattr(meter, name) for name in ("runtime", "threads", "on")):
+            if getattr(meter, "runtime", None) is None or not hasattr(meter, "threads") or not hasattr(meter, "on"):
                 continue
             asked: Any = meter
             try:

@@ -120,6 +120,8 @@ def estimate(metric: str, trials: Sequence[Trial], samples: Samples, examples: i
     if len(set(values)) == 1:
         value, spread = values[0], 0.0
     kinds = {one.origin for one in single}
+    if kinds == {"prediction"}:  # one prediction, however often it is made
+        return single[0]
     if kinds & {"blocks", "prediction"}:  # two or three that agree by chance are no better than the measurements are
         own = math.sqrt(sum((one.error or 0.0) ** 2 for one in single)) / n
         return Estimate(value, max(spread, own), "replicates")
@@ -152,6 +154,8 @@ def _relative(metric: str, trial: Trial, samples: Mapping[str, Sequence[float]])
     """Relative standard error of a measured time; None where the metric is none."""
     value, deviation = trial.metrics.get(metric), trial.metrics.get(f"{metric}_block_sd")
     blocks = _block_medians(samples.get(metric, ()), samples.get(f"{metric}_block", ()))
+    if not blocks:  # readings that stand for themselves
+        blocks = list(samples.get(metric, ()))
     if not value or (deviation is None and not blocks):
         return None
     # Without the readings the number of blocks is not known: the deviation itself is an upper bound.

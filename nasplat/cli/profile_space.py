@@ -31,6 +31,9 @@ from nasplat.runtimes.choose import choose
 from nasplat.space import SearchSpace
 from nasplat.study import ON_DEMAND
 
+DEFAULT_TASK = "fashion-mnist"
+"""Whose inputs are meant where none are named: grey images of 28x28, which the small presets take."""
+
 
 class Kind(StrEnum):
     """What is added up."""
@@ -50,13 +53,18 @@ def profile_space(
             show_default=False,
         ),
     ],
-    out: Annotated[Path, typer.Option(metavar="FILE", help="The table to write, JSON.", show_default=False)],
+    out: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="The table to write, JSON. Default: SPACE-RUNTIME.json.", show_default=False),
+    ] = None,
     runtime: Annotated[
         str, typer.Option(metavar="NAME", help="Where networks are deployed: `nasplat runtimes` lists them, or auto.")
     ] = "auto",
     task: Annotated[
         str | None,
-        typer.Option(metavar="NAME", help=f"Task whose inputs are meant: {', '.join(TASKS)}.", show_default=False),
+        typer.Option(
+            metavar="NAME", help=f"Task whose inputs are meant: {', '.join(TASKS)}.", show_default=DEFAULT_TASK
+        ),
     ] = None,
     input_shape: Annotated[
         str | None,
@@ -103,6 +111,9 @@ def profile_space(
             --kind choices --out nasbench201.json
     """
     made = plugin_of(plugins.SPACES, space, assignments(space_param, "--space-param"))
+    out = out or Path(f"{space.replace(':', '-')}-{runtime}.json")
+    if task is None and input_shape is None:
+        task = DEFAULT_TASK
     example = _example(task, input_shape, assignments(task_param, "--task-param"))
     meter = _meter(metric, runtime, threads)
     readings = out.with_name(f"{out.name}.readings.jsonl")

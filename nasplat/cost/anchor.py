@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import tempfile
 from contextlib import suppress
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from nasplat.identity import canonical, describe
 from nasplat.nn.binary import BinaryConv2d
 from nasplat.runtimes.runtime import Runtime, Session
 from nasplat.seeding import seeded
@@ -47,11 +49,16 @@ def anchor_network() -> tuple[nn.Module, Tensor]:
         return model.requires_grad_(False), torch.randn(1, 3, 32, 32)
 
 
-@lru_cache(maxsize=32)
+_sessions: dict[str, Session] = {}
+
+
 def anchor_session(runtime: Runtime, threads: int) -> Session:
     """The anchor on a runtime, made once a process."""
-    model, example = anchor_network()
-    return runtime.load(runtime.export(model, example), example, threads)
+    key = canonical([describe(runtime), threads])
+    if key not in _sessions:
+        model, example = anchor_network()
+        _sessions[key] = runtime.load(runtime.export(model, example), example, threads)
+    return _sessions[key]
 
 
 class AnchorRecord:
@@ -98,6 +105,7 @@ class AnchorRecord:
         """Remember the anchor of one measurement, in ms. Only while the bench is held."""
         held = self._read()
         held[key] = [*self._held(key), value][-KEPT:]
-        temporary = self._path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(held))
-        temporary.replace(self._path)
+        handle, temporary = tempfile.mkstemp(dir=self._path.parent, suffix=".tmp")
+        with os.fdopen(handle, "w") as file:
+            file.write(json.dumps(held))
+        Path(temporary).replace(self._path)

@@ -15,6 +15,7 @@ from __future__ import annotations
 import fcntl
 import math
 import os
+import stat
 import tempfile
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -84,7 +85,10 @@ class Bench:
     @property
     def folder(self) -> Path:
         """Where the lock files lie, on the machine that asks."""
-        return self._folder or _default_folder()
+        if self._folder is not None:
+            return self._folder
+        named = os.environ.get(FOLDER)
+        return Path(named) if named else _default_folder()
 
     def check(self, machines: Iterable[str] = ()) -> None:
         """Refuse before the start what no measurement could be done with.
@@ -141,11 +145,15 @@ class Bench:
             _let_go(room)
 
     @contextmanager
-    def measuring(self, threads: int = 1) -> Iterator[tuple[int, ...]]:
+    def measuring(self, threads: int = 1, device: str = "cpu") -> Iterator[tuple[int, ...]]:
         """Around one measurement: waits for the measurement before it, and for the training steps under way.
 
         Args:
             threads: That will compute. With more than the bench owns cores, training pauses.
+
+        Args:
+            threads: Threads that compute.
+            device: What computes. For anything but ``cpu`` training pauses, whatever cores the bench owns.
 
         Gives:
             Numbers of the processors to compute on, one for each thread (fewer where there are not as many), no two of
@@ -161,7 +169,7 @@ class Bench:
         cores = owned_cores()
         with _lock(folder, "bench") as bench, _lock(folder, "gate") as gate, _lock(folder, "room") as room:
             fcntl.flock(bench, fcntl.LOCK_EX)
-            if threads <= len(cores):
+            if device == "cpu" and threads <= len(cores):
                 processors = tuple(core[0] for core in cores[:threads])
             else:
                 fcntl.flock(gate, fcntl.LOCK_EX)
@@ -201,12 +209,22 @@ def _let_go(file: int) -> None:
 
 @lru_cache(maxsize=1)
 def _default_folder() -> Path:
-    """One place per user and machine: not where ``TMPDIR`` points, which differs between the jobs of a machine."""
-    if os.environ.get(FOLDER):
-        return Path(os.environ[FOLDER])
+    """One place per user and machine: not where ``TMPDIR`` points, which differs between the jobs of a machine.
+
+    Raises:
+        InvalidInputError: Somebody else made it, or may write there: its name is known to all.
+    """
     shared = Path("/tmp")
     place = shared if os.access(shared, os.W_OK | os.X_OK) else Path(tempfile.gettempdir())
-    return place / f"nasplat-bench-{os.getuid()}"
+    folder = place / f"nasplat-bench-{os.getuid()}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    found = folder.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o022:
+        raise _invalid(
+            f"{folder} is no folder that this user alone can write to, and holds the locks of all measurements; remove "
+            f"it, or name another one in {FOLDER}"
+        )
+    return folder
 
 
 def _elsewhere(name: str) -> Exception:

@@ -32,6 +32,16 @@ def check_label(label: str, taken: Collection[str] = ()) -> None:
         )
 
 
+def check_machine(on: str | None) -> None:
+    """Refuse what names no machine.
+
+    Raises:
+        InvalidInputError: It is neither None nor a name.
+    """
+    if on is not None and (not isinstance(on, str) or not on):
+        raise InvalidInputError(f"on is {on!r}; legal: the name of a resource of a Ray node, or None")
+
+
 def deployed(
     runtime: Runtime | str, model: nn.Module, example: Tensor, batch: int, bench: Bench
 ) -> tuple[Runtime, bytes, Tensor]:

@@ -14,12 +14,13 @@ from torch import Tensor, nn
 from nasplat.checks import is_number, is_whole
 from nasplat.cost import power
 from nasplat.cost.bench import Bench, owned_cores
-from nasplat.cost.deployed import check_label, deployed
+from nasplat.cost.deployed import check_label, check_machine, deployed
 from nasplat.cost.machine import governor, processor, steady
 from nasplat.cost.meter import Measurement
 from nasplat.errors import InvalidInputError, UnsupportedError
-from nasplat.runtimes import Runtime
+from nasplat.runtimes import Runtime, named
 from nasplat.runtimes.choose import AUTO, check_runtime
+from nasplat.runtimes.runtime import device_of
 
 WARM_UP_SECONDS = 0.2
 
@@ -58,7 +59,8 @@ class Energy:
     trained = False
 
     def __post_init__(self) -> None:
-        check_label(self.label)
+        check_label(self.label, ("suspect",))
+        check_machine(self.on)
         for name in ("threads", "batch", "blocks"):
             if not is_whole(getattr(self, name)):
                 raise InvalidInputError(f"{name} is {getattr(self, name)!r}; legal: an integer from 1 up")
@@ -87,8 +89,7 @@ class Energy:
             return ""
         if self.runtime == AUTO:
             return power.unreadable(device)
-        name = self.runtime if isinstance(self.runtime, str) else self.runtime.name
-        return power.unreadable(_device(name))
+        return power.unreadable(device_of(named(self.runtime) if isinstance(self.runtime, str) else self.runtime))
 
     def measure(self, model: nn.Module, example: Tensor, bench: Bench) -> Measurement:
         """Export the network as it is deployed, run the file, and read the counter. No value where there is none.
@@ -154,7 +155,7 @@ class EnergyJob:
             with steady(self.threads, processors):
                 session = self.runtime.load(self.file, self.example, self.threads)
                 try:
-                    counter = power.counter_of(_device(self.runtime.name))
+                    counter = power.counter_of(device_of(self.runtime))
                 except UnsupportedError as error:
                     return Used(absent=str(error))
                 _run_for(session, WARM_UP_SECONDS)
@@ -191,11 +192,6 @@ class EnergyJob:
                 "file_sha256": sha256(self.file).hexdigest(),
             },
         )
-
-
-def _device(runtime: str) -> str:
-    """Where a runtime computes, by its name."""
-    return "cuda" if runtime.startswith("cuda") else "cpu"
 
 
 def _run_for(session: Any, seconds: float) -> tuple[int, float]:

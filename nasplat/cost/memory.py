@@ -6,14 +6,16 @@ import io
 import json
 import os
 import pickle
+import platform
 import signal
 import statistics
 import subprocess
 import sys
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,8 @@ from torch import Tensor, nn
 from nasplat.checks import is_number, is_whole
 from nasplat.cost.anchor import anchor_network
 from nasplat.cost.bench import Bench
-from nasplat.cost.deployed import check_label, deployed
+from nasplat.cost.deployed import check_label, check_machine, deployed
+from nasplat.cost.machine import processor
 from nasplat.cost.meter import Measurement
 from nasplat.errors import CandidateError, InvalidInputError, TimeLimitError, UnsupportedError
 from nasplat.runtimes import Runtime
@@ -72,7 +75,8 @@ class PeakMemory:
     trained = False
 
     def __post_init__(self) -> None:
-        check_label(self.label)
+        check_label(self.label, ("suspect",))
+        check_machine(self.on)
         for name in ("threads", "batch", "repeats"):
             if not is_whole(getattr(self, name)):
                 raise InvalidInputError(f"{name} is {getattr(self, name)!r}; legal: an integer from 1 up")
@@ -175,6 +179,9 @@ class MemoryJob:
             facts={
                 "runtime": self.runtime.name,
                 **answer["facts"],
+                "processor": processor(),
+                "machine": platform.node(),
+                "file_sha256": sha256(self.file).hexdigest(),
                 "memory": answer["memory"],
                 "method": answer["method"],
                 "resident_before_bytes": answer["before"],
@@ -185,8 +192,10 @@ class MemoryJob:
     def _question(self) -> bytes:
         stream = io.BytesIO()
         warm_up, warm_up_example = _warm_up(self.runtime)  # type: ignore[arg-type]
+        # Replaying a CUDA graph takes no memory that could be seen: it was taken when the graph was made.
+        plain = {"graphs": False} if hasattr(self.runtime, "graphs") else {}
         header = {
-            "runtime": self.runtime,
+            "runtime": replace(self.runtime, **plain) if plain else self.runtime,  # type: ignore[type-var]
             "threads": self.threads,
             "example": self.example.numpy(),
             "warm_up_example": warm_up_example.numpy(),

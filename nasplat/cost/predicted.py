@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 from torch import Tensor, nn
 
@@ -109,6 +109,23 @@ class Predicted:
             found["runtime"] = runtime if isinstance(runtime, str) else getattr(runtime, "name", runtime)
         return found
 
+    # Where and with what it measures is its meter's.
+
+    @property
+    def on(self) -> str | None:
+        """The machine that measures."""
+        return getattr(self.meter, "on", None)
+
+    @property
+    def runtime(self) -> Any:
+        """The runtime that is measured."""
+        return getattr(self.meter, "runtime", None)
+
+    @property
+    def threads(self) -> int:
+        """Threads that compute."""
+        return int(getattr(self.meter, "threads", 1))
+
     @property
     def metric(self) -> str:
         """What is predicted."""
@@ -188,6 +205,9 @@ class _Measured(Protocol):
     @property
     def metrics(self) -> Mapping[str, float]: ...
 
+    @property
+    def copy_of(self) -> int | None: ...
+
 
 def prediction_quality(trials: Iterable[_Measured], metric: str = "latency_ms") -> Accuracy | None:
     """How well predictions did in a study, over the networks that were measured as well.
@@ -202,7 +222,7 @@ def prediction_quality(trials: Iterable[_Measured], metric: str = "latency_ms") 
     pairs = [
         (trial.metrics[f"{metric}_predicted"], trial.metrics[metric])
         for trial in trials
-        if f"{metric}_prediction_error" in trial.metrics and metric in trial.metrics
+        if f"{metric}_prediction_error" in trial.metrics and metric in trial.metrics and trial.copy_of is None
     ]
     return Accuracy.of([p for p, _ in pairs], [m for _, m in pairs]) if len(pairs) > 1 else None
 

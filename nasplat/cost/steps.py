@@ -34,6 +34,7 @@ from nasplat.cost.table import HELD_OUT, CostTable, check_held_out
 from nasplat.errors import InvalidInputError, UnsupportedError
 from nasplat.packed import PackedProgram, pack
 from nasplat.packed.steps import step_keys, step_kind, timed_steps
+from nasplat.runtimes import PackedBits
 from nasplat.space import SearchSpace
 
 VERSION = 1
@@ -130,6 +131,8 @@ class StepTable:
             InvalidInputError: No such metric, too few networks, or ``readings`` are those of something else.
         """
         check_held_out(held_out)
+        if getattr(meter, "runtime", "packed") not in ("packed", "auto", PackedBits()):
+            raise InvalidInputError(f"steps are those of packed programs, and {meter!r} measures another runtime")
         if not is_whole(fitted, 8):
             raise InvalidInputError(f"fitted is {fitted!r}; legal: an integer from 8 up")
         bench = bench or Bench()
@@ -204,15 +207,18 @@ class StepTable:
             seed: Of the architectures.
             progress: Told of each network.
         """
-        greatest = dict(self._times)
+        greatest: dict[str, float] = {}
+        for key, milliseconds in self.steps:
+            greatest[step_kind(key)] = max(milliseconds, greatest.get(step_kind(key), 0.0))
+        scales, dearest = dict(self.scales), max(greatest.values(), default=0.0)
 
         def cost(architecture: Architecture) -> float:
             with torch.random.fork_rng(devices=[]):
-                program = _packed(space.build(architecture).eval(), example)
-            unknown = set(step_keys(program)) - set(greatest)
-            if unknown:
-                greatest.update(timed_steps(program, unknown))
-            return replace(self, steps=tuple(greatest.items()))._sum(step_keys(program))
+                keys = step_keys(_packed(space.build(architecture).eval(), example))
+            # A step that was never timed is never the cheapest: it passes for the dearest of its kind.
+            times = [self._times.get(key, greatest.get(step_kind(key), dearest)) for key in keys]
+            factors = [scales.get(step_kind(key), max(scales.values())) for key in keys]
+            return self.constant + sum(factor * time for factor, time in zip(factors, times, strict=True))
 
         if space.identity != self.space:
             raise InvalidInputError(f"a step table of {self.space} has no times for {space.identity}")

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from nasplat.checks import is_whole, sequence
 from nasplat.cost.bench import Bench
-from nasplat.cost.deployed import check_label, deployed
+from nasplat.cost.deployed import check_label, check_machine, deployed
 from nasplat.cost.meter import Measurement
 from nasplat.cost.timing import Schedule, TimingJob
 from nasplat.errors import InvalidInputError
@@ -43,7 +43,8 @@ class Throughput:
     trained = False
 
     def __post_init__(self) -> None:
-        check_label(self.label)
+        check_label(self.label, ("suspect",))
+        check_machine(self.on)
         batches = sequence("Throughput", "batches", self.batches)
         if not batches or not all(map(is_whole, batches)) or len(set(batches)) < len(batches):
             raise InvalidInputError(f"batches is {self.batches!r}; legal: different integers from 1 up, at least one")

@@ -13,7 +13,7 @@ import statistics
 import time
 from bisect import bisect_right, insort
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from hashlib import sha256
 from typing import Any
@@ -26,7 +26,7 @@ from nasplat.cost.bench import Bench
 from nasplat.cost.machine import governor, processor, steady
 from nasplat.errors import InvalidInputError
 from nasplat.identity import canonical, describe
-from nasplat.runtimes.runtime import Runtime, Session
+from nasplat.runtimes.runtime import Runtime, Session, device_of
 
 BLOCK_SECONDS = 0.003
 """Length of a block, which is one run of a network that takes longer.
@@ -63,6 +63,15 @@ QUICKEST_RUNS = 0.1
 
 SPREAD = 0.04
 """Share by which runs that count may be slower than those: interrupts, and neighbours in the caches, take more."""
+
+QUIET = 0.8
+"""Share of the looks at the anchor that were quiet from which on all runs of the blocks count.
+
+How they vary is then the network's own.
+"""
+
+FEW = 0.25
+"""Share of the runs of undisturbed blocks that has to count: with less, the network may vary by itself."""
 
 LEAST_BLOCKS = 4
 """Blocks of a network that runs long, at least."""
@@ -106,6 +115,7 @@ class Timing:
         reference_ms: The anchor undisturbed, as far as is known.
         suspect: Why the number is not to be trusted; empty where it is.
         facts: Runtime, threads, processor, load.
+        trimmed: Whether runs that are slower than the quickest ones are put down to the machine, and do not count.
     """
 
     blocks: tuple[tuple[float, ...], ...]
@@ -114,6 +124,7 @@ class Timing:
     reference_ms: float
     suspect: str
     facts: Mapping[str, Any] = field(default_factory=dict)
+    trimmed: bool = True
 
     @cached_property
     def counted(self) -> tuple[tuple[float, ...], ...]:
@@ -129,6 +140,8 @@ class Timing:
 
     @cached_property
     def _highest(self) -> float:
+        if not self.trimmed:
+            return math.inf
         runs = sorted(run for block in self.blocks for run in block)
         return (1 + SPREAD) * runs[int(QUICKEST_RUNS * len(runs))]
 
@@ -186,10 +199,10 @@ class TimingJob:
 
     def __call__(self, bench: Bench) -> Timing:
         """Measure."""
-        with bench.measuring(self.threads) as processors, steady(self.threads, processors):
+        with bench.measuring(self.threads, device_of(self.runtime)) as processors, steady(self.threads, processors):
             load = os.getloadavg()[0]
             session = self.runtime.load(self.file, self.example, self.threads)
-            anchor = anchor_session(self.runtime, self.threads)  # type: ignore[arg-type]
+            anchor = anchor_session(self.runtime, self.threads)
             facts = {
                 "runtime": self.runtime.name,
                 **self.runtime.facts(),
@@ -223,6 +236,7 @@ def _timing(
             watch.look()
 
     blocks: list[tuple[float, ...]] = []
+    medians: list[float] = []
     around: list[tuple[float, float]] = []
     quiet: list[bool] = []
     begin, patience = time.perf_counter(), max(schedule.patience_s, 3 * wanted * runs * once)
@@ -239,9 +253,9 @@ def _timing(
             session.seconds()
         blocks.append(tuple(session.seconds() * 1e3 for _ in range(runs)))
         around.append((before, watch.look()))
-        quiet = _quiet(blocks, around, watch.bound, schedule.tolerance)
-        if not watch.is_quiet():
-            watch.look()
+        medians.append(statistics.median(blocks[-1]))
+        quiet = _quiet(medians, around, watch.bound, schedule.tolerance)
+        watch.look()  # anew: this took a moment
     record.add(key, watch.quickest)
     facts["quiet_share"] = round(watch.quiet_share, 3)
     suspect = ""
@@ -254,14 +268,20 @@ def _timing(
             f"around those that count the anchor was slower by {drift:.0%}"
         )
         quiet = [index in chosen for index in range(len(blocks))]
-    return Timing(
+    timing = Timing(
         blocks=tuple(block for block, kept in zip(blocks, quiet, strict=True) if kept),
         disturbed=tuple(block for block, kept in zip(blocks, quiet, strict=True) if not kept),
         anchor_ms=tuple(pair for pair, kept in zip(around, quiet, strict=True) if kept),
         reference_ms=watch.reference,
         suspect=suspect,
         facts=facts,
+        trimmed=watch.quiet_share < QUIET,
     )
+    share = len(timing.samples) / (len(timing.samples) + len(timing.slow))
+    if not suspect and share < FEW:
+        why = f"only {share:.0%} of the runs are within {SPREAD:.0%} of the quickest: network or machine varies"
+        timing = replace(timing, suspect=why)
+    return timing
 
 
 class _Watch:
@@ -308,17 +328,17 @@ class _Watch:
 
 
 def _quiet(
-    blocks: Sequence[Sequence[float]], around: Sequence[tuple[float, float]], bound: float, tolerance: float
+    medians: Sequence[float], around: Sequence[tuple[float, float]], bound: float, tolerance: float
 ) -> list[bool]:
     """Which blocks nothing disturbed: by the anchor before and after, and by the blocks themselves.
 
     A disturbance that begins and ends within a block shows only there, since it only ever adds time.
     """
     quiet = [max(pair) <= bound for pair in around]
-    medians = {index: statistics.median(blocks[index]) for index, kept in enumerate(quiet) if kept}
-    if medians:
-        highest = (1 + 2 * tolerance) * sorted(medians.values())[int(QUICKEST_BLOCKS * len(medians))]
-        quiet = [kept and medians[index] <= highest for index, kept in enumerate(quiet)]
+    among = sorted(median for median, kept in zip(medians, quiet, strict=True) if kept)
+    if among:
+        highest = (1 + 2 * tolerance) * among[int(QUICKEST_BLOCKS * len(among))]
+        quiet = [kept and median <= highest for median, kept in zip(medians, quiet, strict=True)]
     return quiet
 
 

@@ -38,6 +38,8 @@ class Cuda:
 
     graphs: bool = True
 
+    device = "cuda"
+
     @property
     def name(self) -> str:
         """``cuda``."""

@@ -39,12 +39,20 @@ class Session(ABC):
         return {}
 
 
+def device_of(runtime: Runtime) -> str:
+    """What a runtime computes on: its attribute ``device``, ``cuda`` say; ``cpu`` for one that has none."""
+    return str(getattr(runtime, "device", "cpu"))
+
+
 @runtime_checkable
 class Runtime(Protocol):
     """Where networks are deployed. A frozen dataclass of plain parameters, found by its entry point.
 
     A network is written once, where it was built, and may be sent to another machine to be run there. So
     :meth:`load` must need nothing but the file, the input and what is installed.
+
+    One that computes elsewhere than on the CPU says so by an attribute ``device``, ``"cuda"`` say: trainings then pause
+    while it measures, whatever cores there are, and its energy is that of the device.
     """
 
     @property
