@@ -122,7 +122,8 @@ def named(
                 raise InvalidInputError(
                     f"{limit}: "
                     + (f"there is no baseline {limit.of!r}; " if limit.of else "say which one with of='...'; ")
-                    + f"there are: {there}. Study(baselines={{'reference': architecture}}) gives one"
+                    + f"there are: {there}. Study(baselines={{'reference': architecture}}) gives one, "
+                    "on the command line --baseline NAME=FILE"
                 )
             if limit.metric not in known:
                 raise InvalidInputError(

@@ -219,7 +219,7 @@ class Preflight:
             f"{duration(self.seconds)}."
         ]
         if self.out_of_time:
-            lines.append("The time was over before all were sampled that were asked for.")
+            lines.append("The time was over before all were sampled: give it more seconds, or ask for fewer samples.")
         if self.failed:
             lines.append(f"{self.failed} failed, the first: {self.reason}")
         return "\n".join(_wrapped(line) for line in lines)

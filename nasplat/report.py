@@ -23,7 +23,7 @@ from rich.text import Text
 from nasplat import journal
 from nasplat.cost.predicted import prediction_quality
 from nasplat.errors import InvalidInputError
-from nasplat.quantities import duration, quantity, unit_of
+from nasplat.quantities import UNITS, duration, quantity, unit_of
 from nasplat.result import Result, last_run, restored
 from nasplat.strategy import Evaluate, Trial
 from nasplat.study import recorded_tracker
@@ -176,8 +176,10 @@ def _legend(marks: Sequence[str], more: str) -> list[str]:
 
 def _cost_marks(trial: Trial) -> str:
     """Marks of a trial whose measured costs need a word."""
-    suspect = any(_suspicions(trial)) or any(
-        name.endswith("_suspect") and trial.metrics[name] for name in trial.metrics
+    # Not where only the twin of a binary network is: its own numbers are good.
+    twins = ("_fp32", "_int8", "_fp32_suspect", "_int8_suspect")
+    suspect = any(not name.endswith(twins) for name, _ in _suspicions(trial)) or any(
+        name.endswith("_suspect") and not name.endswith(twins) and value for name, value in trial.metrics.items()
     )
     slow = any(name.endswith("_not_faster") and value > 0 for name, value in trial.metrics.items())
     predicted = any(
@@ -413,10 +415,11 @@ def _table(
     for name in metrics:
         header, show = _format(name, trials, None if members is None else errors)
         column = _Column(header, [show(trial) for trial in trials])
-        if column.width <= room:
+        if column.width <= room or name in wanted:
             columns.append(column)
             room -= column.width
-    columns.append(last)
+    if room >= 0:
+        columns.append(last)
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
     for column in columns:
         table.add_column(Text(column.header), justify="right" if column.right else "left", no_wrap=True)
@@ -451,7 +454,7 @@ def _format(name: str, trials: Sequence[Trial], errors: Errors | None) -> tuple[
         return f"{stem} [{unit}]", _show(name, lambda value: f"{value / scale:.{decimals}f}", errors, scale)
     if "_speedup_" in name:
         return f"{name.partition('_speedup_')[2]} speed-up", _show(name, lambda value: f"{value:.2f}x", errors)
-    header = f"{stem} [{unit}]" if unit else name
+    header = f"{stem if suffix in UNITS else name.replace('_per_s', '')} [{unit}]" if unit else name
     if name in COUNTED:
         return header, _show(name, _count, errors)
     if suffix in ("accuracy", "f1", "precision", "recall"):

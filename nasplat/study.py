@@ -231,7 +231,9 @@ class Study:
         names = [name for meter in meters for name in meter.metrics]
         twice = {name for name in names if names.count(name) > 1}
         if twice:
-            raise InvalidInputError(f"two meters give {', '.join(sorted(twice))}")
+            raise InvalidInputError(
+                f"two meters give {', '.join(sorted(twice))}; a label tells them apart: Latency(..., label='second')"
+            )
         task_names = self.task.metric_names
         if task_names is not None:
             known_names = [*task_names, *names, *ALWAYS_KNOWN]
@@ -574,7 +576,7 @@ class Study:
             if waiting:
                 limits, _ = self.limits([*events, *baseline_networks.measured(waiting, self.baselines, worker)])
             return preflight(
-                dataclasses.replace(worker, constraints=tuple(limits)),
+                dataclasses.replace(worker, constraints=tuple(limits), meters=tuple(map(_without_twins, self.meters))),
                 self.strategy,
                 self.objectives,
                 samples=samples,
@@ -952,6 +954,11 @@ class _Session:
 
     def result(self) -> Result:
         return Result(self.study.folder, self.study.space, self.study.task, self.search.history, self.search.over)
+
+
+def _without_twins(meter: Meter) -> Meter:
+    """A meter that measures nothing but the network: twins take most of the time, and no limit is on them."""
+    return dataclasses.replace(meter, twins=False) if isinstance(meter, Latency) else meter
 
 
 @dataclass(frozen=True)

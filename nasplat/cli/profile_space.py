@@ -117,8 +117,9 @@ def profile_space(
     example = _example(task, input_shape, assignments(task_param, "--task-param"))
     meter = _meter(metric, runtime, threads)
     readings = out.with_name(f"{out.name}.readings.jsonl")
-    if out.is_dir():
-        raise InvalidInputError(f"{out} is a folder; a file is needed")
+    if out.is_dir() or not out.parent.is_dir():
+        what = "is a folder" if out.is_dir() else f"would lie in {out.parent}, which is no folder"
+        raise InvalidInputError(f"{out} {what}; a file in a folder that is there is needed")
     if readings.exists():
         say(f"Going on from the measurements in {readings}")
     by_steps = kind is Kind.STEPS or (kind is Kind.AUTO and _packs(made, example, meter, metric, runtime))
@@ -132,8 +133,12 @@ def profile_space(
             else:
                 table = CostTable.measured(made, example, meter, metric, samples=samples, **shared)
     except KeyboardInterrupt as interrupt:
-        kept = f"what was measured is in {readings}; " if readings.exists() else ""
-        say(f"Interrupted after {time.monotonic() - begin:.0f} s: {kept}the same command goes on from there")
+        kept = (
+            f"what was measured is in {readings}, and the same command goes on from there"
+            if readings.exists()
+            else "nothing was measured yet, so the same command begins anew"
+        )
+        say(f"Interrupted after {time.monotonic() - begin:.0f} s: {kept}")
         raise typer.Exit(INTERRUPTED) from interrupt
     table.save(out)
     readings.unlink(missing_ok=True)

@@ -44,6 +44,10 @@ def load_table(path: str | Path) -> Table:
     return kind.load(path)
 
 
+POOR_TAU = 0.5
+"""Kendall's tau of a table below which its ranking is worth a warning."""
+
+
 @dataclass(frozen=True)
 class Predicted:
     """Predicts what a meter would measure, and measures instead where the prediction cannot be trusted.
@@ -158,6 +162,11 @@ class Predicted:
             _warn(
                 f"the table of {table.metric} has a median relative error of {self.error:.1%}, above the tolerance of "
                 f"{self.tolerance:.1%}: every network is measured"
+            )
+        if table.accuracy is not None and table.accuracy.kendall_tau < POOR_TAU:
+            _warn(
+                f"the table of {table.metric} hardly ranks networks: Kendall tau {table.accuracy.kendall_tau:.2f} (1: "
+                "perfect, 0: chance)"
             )
         made_on = table.facts.get("processor")
         if made_on is not None and made_on != processor() and getattr(self.meter, "on", None) is None:

@@ -32,6 +32,10 @@ class Resource:
     form: Literal["log", "hinge"] = "log"
 
     def __post_init__(self) -> None:
+        if not isinstance(self.table, CostTable):
+            hint = "; its method table(space, example) makes one" if hasattr(self.table, "table") else ""
+            got = type(self.table).__name__
+            raise InvalidInputError(f"table is a {got}; legal: a CostTable, which adds up choices{hint}")
         if not (self.target > 0 and math.isfinite(self.target)) or not self.weight >= 0:
             raise InvalidInputError(
                 f"target is {self.target}, weight {self.weight}; a positive cost in {self.table.metric}, and at least 0"

@@ -219,7 +219,10 @@ class TimingJob:
             }
             record = AnchorRecord(bench.folder)
             key = canonical([describe(self.runtime), dict(self.runtime.facts()), self.threads, processor()])
-            return _timing(session, anchor, self.schedule, record, key, facts)
+            timing = _timing(session, anchor, self.schedule, record, key, facts)
+            if not timing.suspect and 0 < len(processors) < self.threads:
+                timing = replace(timing, suspect=f"{self.threads} threads on {len(processors)} processors")
+            return timing
 
 
 def _timing(

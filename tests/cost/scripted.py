@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from nasplat.cost import Bench
+from nasplat.cost.anchor import _sessions
 from nasplat.cost.timing import Schedule, Timing, TimingJob
 from nasplat.runtimes import Session
 
@@ -144,5 +145,6 @@ def timed(
     job = TimingJob(
         Scripted(machine, anchor, version), repr(seconds).encode(), torch.zeros(1, 1), threads, schedule or Schedule()
     )
+    _sessions.clear()  # the anchor of another machine has another clock
     with clock_of(machine):
         return job(bench)
