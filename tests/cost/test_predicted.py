@@ -273,6 +273,7 @@ def test_the_network_is_left_as_it_was(steps):
     assert model.training and all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
+@pytest.mark.slow
 def test_scales_are_found_where_steps_take_longer_among_others(steps):
     """The times of single steps are three times too short: the whole networks say so."""
 
@@ -450,7 +451,7 @@ def test_bad_use_of_the_meter(choices):
 
 def test_quality_over_trials():
     def trial(**metrics):
-        return SimpleNamespace(metrics=metrics)
+        return SimpleNamespace(copy_of=None, metrics=metrics)
 
     both = [
         trial(latency_ms=float(i), latency_ms_predicted=1.1 * i, latency_ms_prediction_error=0.1) for i in range(1, 5)
@@ -488,6 +489,7 @@ def call(*arguments):
     return CliRunner().invoke(cli.app, [str(argument) for argument in arguments])
 
 
+@pytest.mark.slow
 def test_profile_space_of_choices(tmp_path):
     out = tmp_path / "params.json"
     done = call(
@@ -534,7 +536,8 @@ def test_profile_space_of_steps(tmp_path, monkeypatch):
 def test_profile_space_says_what_is_wrong(tmp_path):
     out = tmp_path / "t.json"
     for arguments, message in [
-        ([], "one of --task NAME and --input CxHxW is needed"),
+        (["--input", "1x8x8", "--task", "digits"], "one of --task NAME and --input CxHxW is needed"),
+        (["--input", "1x8x8", "--out", tmp_path / "nowhere" / "t.json"], "which is no folder"),
         (["--input", "3x"], "sizes as in 3x32x32 are needed"),
         (["--input", "1x8x8", "--metric", "speed"], "no meter gives 'speed'; there are: latency_ms"),
         (["--input", "1x8x8", "--runtime", "abacus"], "abacus"),

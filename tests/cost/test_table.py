@@ -172,6 +172,7 @@ class NoisyMeter:
 NOISE = torch.Generator().manual_seed(0)
 
 
+@pytest.mark.slow
 def test_measured_table_averages_the_noise_of_the_meter():
     space = space_from(linear, {"width": (2, 5, 9), "depth": (0, 1, 3)})
     few, many = (

@@ -203,6 +203,7 @@ class Noting:
         return Measurement({f"noted_{self.label}": 1.0}, {}, {self.label: facts})
 
 
+@pytest.mark.slow
 def test_workers_measure_in_turn_on_one_bench_for_each_machine_and_train_beside_it(folder, blobs, monkeypatch):
     monkeypatch.setenv(OWNED, str(PROCESSORS[-1]) if len(PROCESSORS) > 1 else "")
     log = folder.with_name("log")
