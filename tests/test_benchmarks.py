@@ -241,3 +241,38 @@ def test_times_a_network_here_and_for_another_target(
     (row,) = json.loads(path.read_text())["networks"]
     assert {"graph ORT", "twin torch cl", "int8-twin ORT QDQ", "packed@x86-64"} <= set(row["ratios"])
     assert row["artefact_bytes"] < row["checkpoint_bytes"] and row["profile"]["arena_bytes"] > 0
+
+
+# Costs.
+
+
+@pytest.fixture(scope="module")
+def cost() -> Iterator[ModuleType]:
+    yield from load("cost")
+
+
+def test_two_measurements_are_compared_by_hand(cost: ModuleType) -> None:
+    from nasplat.cost.timing import Timing
+
+    def timing(ms: float, suspect: str = "") -> Timing:
+        return Timing(((ms,),), (), ((1.0, 1.0),), 1.0, suspect)
+
+    first = [timing(1.0), timing(2.0), timing(3.0), timing(4.0, "disturbed"), timing(6.0)]
+    second = [timing(1.01), timing(2.0), timing(3.6), timing(5.0), timing(6.0)]
+    row = cost.compare(first, second)
+    assert row["networks"] == 5 and row["flagged"] == 1
+    assert row["off"] == 2 and row["silent_outliers"] == 1  # 3 against 3.6; 4 against 5 was flagged
+    assert row["median_difference"] == pytest.approx(0.01)  # of 0.01, 0, 0.2, 0.25 and 0
+    assert row["spearman"] == pytest.approx(1.0) and (row["least_ms"], row["greatest_ms"]) == (1.0, 6.0)
+
+
+@pytest.mark.slow
+def test_costs_are_measured_in_all_parts(cost: ModuleType, tmp_path: Path) -> None:
+    out = tmp_path / "cost.json"
+    arguments = ["--part", "retest", "proxies", "seconds", "--networks", "3", "--spaces", "sandglass"]
+    found = cost.main([*arguments, "--loads", "idle", "study", "--out", str(out)])
+    assert set(found["retest"]) == {"sandglass/idle", "sandglass/study"}
+    assert all(ms > 0 for row in found["retest"].values() for pair in row["ms"] for ms in pair)
+    assert not {"params", "macs", "ops", "training graph"}.difference(found["proxies"]["sandglass"])
+    assert found["seconds"]["sandglass"]["memory_bytes"] > 0
+    assert json.loads(out.read_text())["seconds"] == found["seconds"]
