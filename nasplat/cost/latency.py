@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -87,7 +87,7 @@ class Latency:
         Raises:
             UnsupportedError: The runtime cannot run the network; the message says what is missing.
         """
-        timing, runtime = self._time(self.runtime, model, example, bench)
+        timing, runtime = self._time(self.runtime, model, example, bench, self.schedule)
         name = self.metric
         values = {
             name: timing.median_ms,
@@ -102,9 +102,10 @@ class Latency:
         if self.twins and runtime.name == "packed" and is_binary(model):
             real = copy.deepcopy(model)
             set_binarisation(real, weights=False, activations=False)
+            brief = replace(self.schedule, blocks=max(1, self.schedule.blocks // 2))  # a comparison, no objective
             for twin, where in TWINS.items():
                 try:
-                    other, _ = self._time(where, real, example, bench)
+                    other, _ = self._time(where, real, example, bench, brief)
                 except UnsupportedError as error:  # what is wanted is there; only a comparison is missing
                     facts[f"{name}_{twin}"] = {"absent": str(error)}
                     continue
@@ -118,9 +119,11 @@ class Latency:
                 values[f"{name}_not_faster"] = float(min(speedups) <= 1)
         return Measurement(values, samples, facts)
 
-    def _time(self, runtime: Runtime | str, model: nn.Module, example: Tensor, bench: Bench) -> tuple[Timing, Runtime]:
+    def _time(
+        self, runtime: Runtime | str, model: nn.Module, example: Tensor, bench: Bench, schedule: Schedule
+    ) -> tuple[Timing, Runtime]:
         chosen, file, x = deployed(runtime, model, example, self.batch, bench)
-        return bench.run(TimingJob(chosen, file, x, self.threads, self.schedule), self.on), chosen
+        return bench.run(TimingJob(chosen, file, x, self.threads, schedule), self.on), chosen
 
 
 def _samples(name: str, timing: Timing) -> dict[str, list[float]]:
