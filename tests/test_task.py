@@ -5,7 +5,8 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
-from nasplat import Recipe, Task, cli
+from nasplat import Recipe, Task
+from nasplat.cli import values
 from nasplat.data.sources import DatasetData, LoaderData, Splits, TensorSource
 from nasplat.errors import InvalidInputError, UnsupportedError
 from nasplat.identity import describe, restore
@@ -231,9 +232,9 @@ def test_phases_and_teacher_come_back_from_a_description():
 
 
 def test_phases_are_named_on_the_command_line():
-    assert cli._task("digits", {"epochs": "4", "phases": "two_step"}) == Task.digits(epochs=4, phases=TWO_STEP)
+    assert values.task_of("digits", {"epochs": "4", "phases": "two_step"}) == Task.digits(epochs=4, phases=TWO_STEP)
     with pytest.raises(InvalidInputError, match="or one of two_step, expert"):
-        cli._task("digits", {"phases": "two_steps"})
+        values.task_of("digits", {"phases": "two_steps"})
 
 
 @pytest.mark.parametrize(

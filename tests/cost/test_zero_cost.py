@@ -14,7 +14,7 @@ from torch.nn import functional
 from nasplat import Study, Task, at_least, maximise, minimise
 from nasplat.cost import BatchMeter, Bench, CostMeter, Count, Measurement, ZeroCost
 from nasplat.cost.zero_cost import SCORES
-from nasplat.errors import InvalidInputError, NonFiniteError, UnsupportedError
+from nasplat.errors import InvalidInputError, NasplatWarning, NonFiniteError, UnsupportedError
 from nasplat.identity import canonical, describe
 from nasplat.nn import BinaryConv2d, ExpertBinaryConv2d, set_binarisation
 from nasplat.nn.binary import BinaryBlock
@@ -418,7 +418,8 @@ def test_a_score_that_is_an_objective_is_measured_by_itself_and_ends_in_the_fold
     assert {"naswot", "snip", "params", "val_accuracy"} <= set(trial.metrics)
     assert trial.facts["naswot"]["examples"] == 64
     assert "synflow" not in trial.metrics
-    again = study(tmp_path / "a", objectives=[maximise("naswot")], meters=[ZeroCost("naswot", batch_size=32)])
+    with pytest.warns(NasplatWarning, match="past trials did not have naswot"):  # but those of another batch
+        again = study(tmp_path / "a", objectives=[maximise("naswot")], meters=[ZeroCost("naswot", batch_size=32)])
     assert [meter for meter in again.meters if isinstance(meter, BatchMeter)] == [ZeroCost("naswot", batch_size=32)]
 
 
