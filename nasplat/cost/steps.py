@@ -8,7 +8,6 @@ all its networks are made of them.
 from __future__ import annotations
 
 import copy
-import json
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -31,6 +30,7 @@ from nasplat.cost.machine import steady
 from nasplat.cost.meter import CostMeter
 from nasplat.cost.readings import Progress, Readings, WholeNetworks, silent, subject, table_facts
 from nasplat.cost.table import HELD_OUT, CostTable, check_held_out
+from nasplat.cost.table_file import read_table, write_table
 from nasplat.errors import InvalidInputError, UnsupportedError
 from nasplat.packed import PackedProgram, pack
 from nasplat.packed.steps import step_keys, step_kind, timed_steps
@@ -237,31 +237,23 @@ class StepTable:
 
     def save(self, path: str | Path) -> Path:
         """Write the table as JSON."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps({"nasplat_step_table": VERSION, **asdict(self)}, indent=1))
-        return path
+        return write_table(path, "step", VERSION, asdict(self))
 
     @classmethod
-    def load(cls, path: str | Path) -> Self:
+    def load(cls, path: str | Path) -> StepTable:
         """Read a table that :meth:`save` wrote.
 
         Raises:
             InvalidInputError: The file is not a step table of a version that this nasplat reads.
         """
-        try:
-            record = json.loads(Path(path).read_text())
-            version = record.pop("nasplat_step_table")
-            if version != VERSION:
-                raise InvalidInputError(f"{path} is a step table of version {version!r}; legal: {VERSION}")
+
+        def make(record: dict[str, Any]) -> StepTable:
             for name in ("steps", "scales"):
                 record[name] = tuple((str(key), float(value)) for key, value in record[name])
             record["accuracy"] = Accuracy.from_json(record["accuracy"])
             return cls(**record)
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            if isinstance(error, InvalidInputError):
-                raise
-            raise InvalidInputError(f"{path} is not a step table: {type(error).__name__}: {error}") from error
+
+        return read_table(path, "step", (VERSION,), make)
 
 
 def _packed(model: nn.Module, example: Tensor) -> PackedProgram:

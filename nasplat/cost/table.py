@@ -6,7 +6,6 @@ architecture the table gives the expected cost, which has a gradient.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -26,6 +25,7 @@ from nasplat.cost.bench import Bench
 from nasplat.cost.counter import Count
 from nasplat.cost.meter import CostMeter
 from nasplat.cost.readings import Progress, Readings, WholeNetworks, silent, subject, table_facts
+from nasplat.cost.table_file import read_table, write_table
 from nasplat.errors import InvalidInputError
 from nasplat.space import Group, Option, Relaxed, SearchSpace
 
@@ -302,33 +302,24 @@ class CostTable:
 
     def save(self, path: str | Path) -> Path:
         """Write the table as JSON."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps({"nasplat_cost_table": VERSION, **asdict(self)}, indent=1))
-        return path
+        return write_table(path, "cost", VERSION, asdict(self))
 
     @classmethod
-    def load(cls, path: str | Path) -> Self:
+    def load(cls, path: str | Path) -> CostTable:
         """Read a table that :meth:`save` wrote.
 
         Raises:
             InvalidInputError: The file is not a cost table of a version that this nasplat reads.
         """
-        try:
-            record = json.loads(Path(path).read_text())
-            version = record.pop("nasplat_cost_table")
-            if version not in READABLE:
-                legal = ", ".join(map(str, READABLE))
-                raise InvalidInputError(f"{path} is a cost table of version {version!r}; legal: {legal}")
+
+        def make(record: dict[str, Any]) -> CostTable:
             record["choices"] = tuple((str(name), tuple(options)) for name, options in record["choices"])
             record["terms"] = tuple((tuple(names), tuple(map(float, values))) for names, values in record["terms"])
             if record.get("accuracy") is not None:
                 record["accuracy"] = Accuracy.from_json(record["accuracy"])
             return cls(**record)
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            if isinstance(error, InvalidInputError):
-                raise
-            raise InvalidInputError(f"{path} is not a cost table: {type(error).__name__}: {error}") from error
+
+        return read_table(path, "cost", READABLE, make)
 
 
 def check_held_out(held_out: int) -> None:

@@ -86,9 +86,13 @@ def trace(model: nn.Module, example: Tensor) -> ExportedProgram:
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
-    """Keep the exporters' own warnings off the screen: what went wrong shows when the file is run. Errors pass."""
-    loggers = [logging.getLogger(name) for name in ("torch.export", "torch.onnx")]
+def quiet(*names: str) -> Iterator[None]:
+    """Keep the warnings of torch's tools off the screen: what went wrong shows when the file is run. Errors pass.
+
+    Args:
+        names: Of the loggers; those of the exporters where none are given.
+    """
+    loggers = [logging.getLogger(name) for name in names or ("torch.export", "torch.onnx")]
     levels = [logger.level for logger in loggers]
     try:
         for logger in loggers:

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import pickle
 import shutil
 import subprocess
 import types
-import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -18,8 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from nasplat.errors import UnsupportedError
+from nasplat.export.torch_export import quiet
 from nasplat.runtimes.runtime import Session
 from nasplat.runtimes.torch_eager import pickled
+
+LOGGERS = ("torch._dynamo", "torch._inductor", "torch._functorch")
+"""Of the compiler, which gives advice."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ class _Compiled(Session):
         function = types.FunctionType(code, forward.__globals__, "forward", None, forward.__closure__)
         self._x = example.contiguous()
         try:
-            with _quiet():  # importing the compiler changes the filters of warnings
+            with quiet(*LOGGERS):  # importing the compiler changes the filters of warnings
                 from torch._inductor import config
 
                 self._forward: Callable[[Tensor], Tensor] = torch.compile(function, dynamic=False, fullgraph=True)
@@ -115,19 +116,3 @@ def _version(compiler: str) -> str:
     """The first line that it says about itself."""
     told = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout
     return told.partition("\n")[0].strip() or compiler
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """No advice of the compiler on the screen. Errors pass."""
-    loggers = [logging.getLogger(name) for name in ("torch._dynamo", "torch._inductor", "torch._functorch")]
-    levels = [logger.level for logger in loggers]
-    try:
-        for logger in loggers:
-            logger.setLevel(logging.ERROR)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)

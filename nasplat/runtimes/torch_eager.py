@@ -36,7 +36,8 @@ class TorchEager:
 
     def load(self, file: bytes, example: Tensor, threads: int) -> Session:
         """The module in evaluation mode."""
-        return _Eager(pickle.loads(file), example, threads)
+        layout = torch.channels_last if example.ndim == 4 else torch.contiguous_format
+        return TorchSession(pickle.loads(file).eval(), example.contiguous(memory_format=layout), threads)
 
     def facts(self) -> Mapping[str, str | int]:
         """Version of torch and the instructions that it uses."""
@@ -56,17 +57,26 @@ def pickled(model: nn.Module) -> bytes:
     return file
 
 
-class _Eager(Session):
-    def __init__(self, model: nn.Module, example: Tensor, threads: int) -> None:
+class TorchSession(Session):
+    """A module of torch with its input in place.
+
+    Args:
+        model: In evaluation mode.
+        x: Input, laid out as the module likes it.
+        threads: Threads that compute, from now on in the whole process.
+    """
+
+    def __init__(self, model: nn.Module, x: Tensor, threads: int) -> None:
         torch.set_num_threads(threads)
-        self._model = model.eval()
-        self._x = example.contiguous(memory_format=torch.channels_last) if example.ndim == 4 else example
+        self._model, self._x = model, x
         self._y: Tensor | None = None
 
     def run(self) -> None:
+        """Compute without gradients."""
         with torch.inference_mode():
             self._y = self._model(self._x)
 
     def output(self) -> Tensor:
+        """The last result."""
         assert self._y is not None
         return self._y.clone()

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from nasplat.errors import UnsupportedError
 from nasplat.export.torch_export import quiet, trace
 from nasplat.runtimes.runtime import Session
+from nasplat.runtimes.torch_eager import TorchSession
 
 
 @dataclass(frozen=True)
@@ -48,23 +49,8 @@ class TorchExported:
         """The program as a module."""
         with quiet():
             model = torch.export.load(io.BytesIO(file)).module()
-        return _Program(model, example, threads)
+        return TorchSession(model, example.contiguous(), threads)
 
     def facts(self) -> Mapping[str, str | int]:
         """Version of torch and the instructions that it uses."""
         return {"torch": torch.__version__, "instructions": torch.backends.cpu.get_cpu_capability()}
-
-
-class _Program(Session):
-    def __init__(self, model: nn.Module, example: Tensor, threads: int) -> None:
-        torch.set_num_threads(threads)
-        self._model, self._x = model, example.contiguous()
-        self._y: Tensor | None = None
-
-    def run(self) -> None:
-        with torch.inference_mode():
-            self._y = self._model(self._x)
-
-    def output(self) -> Tensor:
-        assert self._y is not None
-        return self._y.clone()
