@@ -1,6 +1,8 @@
 """The anchor: a small network that never changes, timed beside every candidate to see whether the machine is the same.
 
-What it took on this machine before is kept beside the bench's locks, so that a load which lasts is seen too.
+It fits the caches that a core has to itself. What others do to the caches and the memory that all share is seen by
+reading memory. What both took on this machine before is kept beside the bench's locks, so that a load which lasts is
+seen too.
 """
 
 from __future__ import annotations
@@ -9,7 +11,9 @@ import json
 import math
 import os
 import tempfile
+import time
 from contextlib import suppress
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +63,25 @@ def anchor_session(runtime: Runtime, threads: int) -> Session:
         model, example = anchor_network()
         _sessions[key] = runtime.load(runtime.export(model, example), example, threads)
     return _sessions[key]
+
+
+READ_BYTES = 4 << 20
+"""Memory that is read: more than the caches of a core, less than those that cores share."""
+
+
+@lru_cache(maxsize=1)
+def _memory() -> Tensor:
+    return torch.ones(READ_BYTES // 4)
+
+
+def read_seconds() -> float:
+    """Time to read :data:`READ_BYTES` of memory, in seconds: the quicker of two."""
+    memory, times = _memory(), []
+    for _ in range(2):
+        begin = time.perf_counter()
+        memory.sum()
+        times.append(time.perf_counter() - begin)
+    return min(times)
 
 
 class AnchorRecord:

@@ -5,13 +5,16 @@ from __future__ import annotations
 import gc
 import platform
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
 
 import torch
 
 from nasplat.cost.bench import pinned
+
+ORDINARY_CACHE = 1 << 20
+"""Bytes of the second-level cache of a core, where the system does not tell."""
 
 
 @contextmanager
@@ -50,3 +53,14 @@ def governor(processors: Sequence[int]) -> str:
         return Path(f"/sys/devices/system/cpu/cpu{number}/cpufreq/scaling_governor").read_text().strip()
     except OSError:
         return "unknown"
+
+
+@lru_cache(maxsize=1)
+def own_cache_bytes() -> int:
+    """Size of the second-level cache, the largest that a core has to itself."""
+    for cache in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*"):
+        with suppress(OSError, ValueError, KeyError):
+            if (cache / "level").read_text().strip() == "2":
+                size = (cache / "size").read_text().strip()
+                return int(size[:-1]) * {"K": 1 << 10, "M": 1 << 20}[size[-1]]
+    return ORDINARY_CACHE

@@ -21,9 +21,9 @@ from typing import Any
 from torch import Tensor
 
 from nasplat.checks import is_number, is_whole
-from nasplat.cost.anchor import AnchorRecord, anchor_session
+from nasplat.cost.anchor import READ_BYTES, AnchorRecord, anchor_session, read_seconds
 from nasplat.cost.bench import Bench
-from nasplat.cost.machine import governor, processor, steady
+from nasplat.cost.machine import governor, own_cache_bytes, processor, steady
 from nasplat.errors import InvalidInputError
 from nasplat.identity import canonical, describe
 from nasplat.runtimes.runtime import Runtime, Session, device_of
@@ -37,7 +37,7 @@ What disturbs comes and goes: on a machine whose physical cores are shared with 
 ANCHOR_RUNS = 3
 """Runs of the anchor between two blocks."""
 
-COLD_SECONDS = 0.001
+COLD_SECONDS = 0.01
 """A run shorter than this is done once without counting at the start of a block: the anchor had the caches."""
 
 WARM_UP_SECONDS = 0.3
@@ -58,10 +58,10 @@ Small, because a machine may be quiet for a small share of the time, and nothing
 QUICKEST_BLOCKS = 0.1
 """The share of the blocks, among those between quick anchors, that is taken for undisturbed."""
 
-QUICKEST_RUNS = 0.1
+QUICKEST_RUNS = 0.03
 """The share of the runs, among those of undisturbed blocks, that nothing at all disturbed."""
 
-SPREAD = 0.04
+SPREAD = 0.03
 """Share by which runs that count may be slower than those: interrupts, and neighbours in the caches, take more."""
 
 QUIET = 0.8
@@ -70,8 +70,14 @@ QUIET = 0.8
 How they vary is then the network's own.
 """
 
-FEW = 0.25
+FEW = 0.05
 """Share of the runs of undisturbed blocks that has to count: with less, the network may vary by itself."""
+
+QUICKEST_READS = 0.1
+"""The share of a measurement's looks at the memory that is taken for what the shared caches allowed at the time."""
+
+PRESSURE = 0.05
+"""Share by which reading memory may be slower than undisturbed, for a network that needs the shared caches."""
 
 LEAST_BLOCKS = 4
 """Blocks of a network that runs long, at least."""
@@ -91,8 +97,8 @@ class Schedule:
 
     blocks: int = 16
     seconds: float = 0.1
-    patience_s: float = 2.0
-    tolerance: float = 0.08
+    patience_s: float = 5.0
+    tolerance: float = 0.12
 
     def __post_init__(self) -> None:
         if not is_whole(self.blocks):
@@ -219,14 +225,22 @@ class TimingJob:
             }
             record = AnchorRecord(bench.folder)
             key = canonical([describe(self.runtime), dict(self.runtime.facts()), self.threads, processor()])
-            timing = _timing(session, anchor, self.schedule, record, key, facts)
+            on_cpu = device_of(self.runtime) == "cpu"
+            memory = _Memory(record, shared=on_cpu and len(self.file) > own_cache_bytes())
+            timing = _timing(session, anchor, memory, self.schedule, record, key, facts)
             if not timing.suspect and 0 < len(processors) < self.threads:
                 timing = replace(timing, suspect=f"{self.threads} threads on {len(processors)} processors")
             return timing
 
 
 def _timing(
-    session: Session, anchor: Session, schedule: Schedule, record: AnchorRecord, key: str, facts: dict[str, Any]
+    session: Session,
+    anchor: Session,
+    memory: _Memory,
+    schedule: Schedule,
+    record: AnchorRecord,
+    key: str,
+    facts: dict[str, Any],
 ) -> Timing:
     _warm_up(anchor)
     once = _warm_up(session)
@@ -243,7 +257,7 @@ def _timing(
     around: list[tuple[float, float]] = []
     quiet: list[bool] = []
     begin, patience = time.perf_counter(), max(schedule.patience_s, 3 * wanted * runs * once)
-    while sum(quiet) < wanted:
+    while sum(quiet) < wanted or memory.is_pressed():
         waiting = time.perf_counter() - begin < patience
         if not waiting and len(blocks) >= wanted:
             break
@@ -256,17 +270,20 @@ def _timing(
             session.seconds()
         blocks.append(tuple(session.seconds() * 1e3 for _ in range(runs)))
         around.append((before, watch.look()))
+        memory.look()
         medians.append(statistics.median(blocks[-1]))
         quiet = _quiet(medians, around, watch.bound, schedule.tolerance)
         watch.look()  # anew: this took a moment
     record.add(key, watch.quickest)
     facts["quiet_share"] = round(watch.quiet_share, 3)
-    suspect = ""
+    facts["memory_slower"] = round(memory.slower, 3)
+    memory.remember()
+    reasons = memory.reasons()
     if sum(quiet) < wanted:
         # The least disturbed blocks are the best there is.
         chosen = set(sorted(range(len(blocks)), key=lambda index: max(around[index]))[:wanted])
         drift = statistics.median(max(around[index]) for index in chosen) / watch.reference - 1
-        suspect = (
+        reasons.append(
             f"the machine was disturbed: {sum(quiet)} of {len(blocks)} blocks were quiet ({wanted} wanted), and "
             f"around those that count the anchor was slower by {drift:.0%}"
         )
@@ -276,12 +293,12 @@ def _timing(
         disturbed=tuple(block for block, kept in zip(blocks, quiet, strict=True) if not kept),
         anchor_ms=tuple(pair for pair, kept in zip(around, quiet, strict=True) if kept),
         reference_ms=watch.reference,
-        suspect=suspect,
+        suspect="; ".join(reasons),
         facts=facts,
         trimmed=watch.quiet_share < QUIET,
     )
     share = len(timing.samples) / (len(timing.samples) + len(timing.slow))
-    if not suspect and share < FEW:
+    if not timing.suspect and share < FEW:
         why = f"only {share:.0%} of the runs are within {SPREAD:.0%} of the quickest: network or machine varies"
         timing = replace(timing, suspect=why)
     return timing
@@ -328,6 +345,51 @@ class _Watch:
     def quiet_share(self) -> float:
         """Share of the looks at which the machine was quiet."""
         return bisect_right(self._times, self.bound) / len(self._times)
+
+
+class _Memory:
+    """Looks at memory, of which all cores share the way.
+
+    Args:
+        record: What it took before.
+        shared: Whether the network needs it, because it does not fit what a core has to itself.
+    """
+
+    def __init__(self, record: AnchorRecord, *, shared: bool) -> None:
+        self._record, self._shared = record, shared
+        self._key = canonical(["memory", READ_BYTES, processor()])
+        self._known = record.reference_ms(self._key)
+        self._times: list[float] = []  # ascending
+
+    def look(self) -> None:
+        """Read it."""
+        insort(self._times, read_seconds() * 1e3)
+
+    @property
+    def _quickest(self) -> float:
+        return self._times[int(QUICKEST_READS * len(self._times))]
+
+    @property
+    def slower(self) -> float:
+        """By which share reading takes longer than undisturbed."""
+        return max(0.0, self._quickest / self._known - 1) if self._times else 0.0
+
+    def is_pressed(self) -> bool:
+        """Whether others' use of it slows the network."""
+        return self._shared and self.slower > PRESSURE
+
+    def remember(self) -> None:
+        """Put it on record. Only while the bench is held."""
+        self._record.add(self._key, self._quickest)
+
+    def reasons(self) -> list[str]:
+        """Why the number is not to be trusted."""
+        if not self.is_pressed():
+            return []
+        return [
+            f"others used the memory: reading it took {self.slower:.0%} longer than undisturbed, and the network is "
+            f"larger than the {own_cache_bytes() / 1e6:.1f} MB of cache that a core has to itself"
+        ]
 
 
 def _quiet(
