@@ -10,20 +10,17 @@ import uuid
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch import nn
 
 from nasplat import baselines as baseline_networks
 from nasplat import journal
 from nasplat.architecture import Architecture
 from nasplat.checks import is_number
-from nasplat.cost.anchor import anchor_network
 from nasplat.cost.bench import Bench
 from nasplat.cost.counter import Count
 from nasplat.cost.energy import Energy
@@ -41,19 +38,17 @@ from nasplat.errors import (
     NasplatWarning,
     SearchInterrupted,
     UnknownMetricError,
-    UnsupportedError,
 )
 from nasplat.identity import canonical, describe, source_hash, type_name
 from nasplat.joint_space import JointSpace
 from nasplat.journal import Journal
+from nasplat.meter_checks import check_reachable, check_runtimes
 from nasplat.mlflow_tracker import MlflowTracker
 from nasplat.objectives import Constraint, Objective, RelativeConstraint, constraint_from_json
 from nasplat.preflight import Preflight, preflight
 from nasplat.progress import Display, Silent, Terminal
 from nasplat.result import Result, header_of, load, restored
 from nasplat.runners import local
-from nasplat.runtimes import Runtime
-from nasplat.runtimes.choose import choose
 from nasplat.search import Event, Limits, Search, check_whole
 from nasplat.space import SearchSpace
 from nasplat.strategy import Evaluate, Explore, History, Strategy, Trial
@@ -376,47 +371,6 @@ class Study:
                     f"class {highest}: give the space at least {highest + 1} classes"
                 )
 
-    def _check_here(self, workers: int) -> None:
-        """Refuse meters on other machines where there is no Ray that reaches them."""
-        away = [meter for meter in self.meters if getattr(meter, "on", None) is not None]
-        if away and workers == 0:
-            name = getattr(away[0], "on", None)
-            raise InvalidInputError(
-                f"{away[0]!r} measures on {name!r}, a machine of a Ray cluster (a node started with "
-                f"--resources='{{\"{name}\": 1}}'); this run stays in one process. Give workers=1 or more"
-            )
-
-    def _check_meters(self, worker: Worker) -> None:
-        """Refuse a meter that can measure no network at all: its runtime does not work where it is measured."""
-        done: set[str] = set()
-        for meter in self.meters:
-            if getattr(meter, "runtime", None) is None or not hasattr(meter, "threads") or not hasattr(meter, "on"):
-                continue
-            asked: Any = meter
-            try:
-                with worker.prepared(self.seed):
-                    runtime = choose(asked.runtime, *self._any_network(worker))
-                    key = canonical([describe(runtime), asked.threads, asked.on])
-                    if key not in done:
-                        worker.bench.run(_Works(runtime, asked.threads), asked.on)
-                    done.add(key)
-            except NasplatError as error:
-                raise type(error)(f"{meter!r} cannot measure anything: {error}") from error
-            except Exception as error:
-                raise UnsupportedError(f"{meter!r} cannot measure anything: {type(error).__name__}: {error}") from error
-
-    def _any_network(self, worker: Worker) -> tuple[nn.Module, torch.Tensor]:
-        """A network of the space as a meter gets it, and its input."""
-        example = place(self.task.example(), torch.device(self.device))
-        rng = np.random.default_rng(self.seed)
-        for left in reversed(range(CHECKED)):
-            try:
-                return worker.settle(self.space.build(self.space.sample(rng)), example), example
-            except Exception:
-                if not left:
-                    raise
-        raise AssertionError("unreachable")
-
     def _check_strategy(self) -> None:
         """Ask the strategy once, so that one that cannot search this study says so before there is a folder."""
         if journal.read(self.folder)[0]:
@@ -483,7 +437,7 @@ class Study:
             "cpus_per_trial": cpus_per_trial,
             "gpus_per_trial": gpus_per_trial,
         }
-        self._check_here(workers)
+        check_reachable(self.meters, workers)
         size: Any = {"workers": workers, "cpus": cpus_per_trial, "gpus": gpus_per_trial}
         display: Display = Terminal() if self.progress else Silent()
         with ExitStack() as stack:
@@ -498,7 +452,7 @@ class Study:
                         local.run(search, session.worker_at(Bench()))
                     else:
                         worker = session.worker_at(place_to_measure())
-                        self._check_meters(worker)
+                        check_runtimes(worker, self.seed)
                         if workers == 0:
                             local.run(search, worker)
                         else:
@@ -564,13 +518,13 @@ class Study:
             check_whole("max_trials", max_trials, least=1)
         if not is_number(seconds) or not seconds > 0:
             raise InvalidInputError(f"seconds is {seconds!r}; a positive number is needed")
-        self._check_here(workers)
+        check_reachable(self.meters, workers)
         self._check_build()
         with ExitStack() as stack:
             away = any(getattr(meter, "on", None) is not None for meter in self.meters)
             size = {"workers": workers if away else 0, "cpus": 1.0, "gpus": 0.0}
             worker = self.worker_at(self._bench(size, Silent(), stack)())
-            self._check_meters(worker)
+            check_runtimes(worker, self.seed)
             events, _ = journal.read(self.folder)
             limits, waiting = self.limits(events)
             if waiting:
@@ -600,13 +554,13 @@ class Study:
         evaluated gives its result again (see ``retrain_duplicates``).
         """
         self._check_architecture(architecture)
-        self._check_here(0)
+        check_reachable(self.meters, 0)
         with self._opened({"evaluate": architecture.id}, Bench) as session:
             search = session.search
             state = "failed"
             try:
                 worker = session.worker_at(Bench())
-                self._check_meters(worker)
+                check_runtimes(worker, self.seed)
                 search.enqueue(architecture)
                 search.begin(Limits(max_trials=10**9))
                 while (assignment := search.next(ask=False)) is not None:
@@ -959,19 +913,6 @@ class _Session:
 def _without_twins(meter: Meter) -> Meter:
     """A meter that measures nothing but the network: twins take most of the time, and no limit is on them."""
     return dataclasses.replace(meter, twins=False) if isinstance(meter, Latency) else meter
-
-
-@dataclass(frozen=True)
-class _Works:
-    """A job for a bench: has the runtime load and run its smallest network, as every measurement does."""
-
-    runtime: Runtime
-    threads: int
-
-    def __call__(self, bench: Bench) -> None:
-        model, example = anchor_network()
-        with bench.training():
-            self.runtime.load(self.runtime.export(model, example), example, self.threads).run()
 
 
 def _names(names: Collection[str]) -> str:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from nasplat.checks import is_whole
@@ -23,7 +24,7 @@ from nasplat.cost.deployed import deployed
 from nasplat.cost.machine import processor, steady
 from nasplat.errors import InvalidInputError, UnsupportedError
 from nasplat.packed import PackedProgram
-from nasplat.packed.profile import profile
+from nasplat.packed.steps import step_seconds
 from nasplat.runtimes.choose import AUTO, check_runtime, choose
 from nasplat.runtimes.onnx_runtime import OPSET
 from nasplat.runtimes.runtime import Runtime
@@ -186,7 +187,7 @@ def breakdown(
 ) -> Breakdown:
     """Measure where the time of one pass goes.
 
-    * On ``packed``: each step by itself, many times over (:func:`nasplat.packed.profile.profile`).
+    * On ``packed``: step by step, with a clock in between.
     * On ``onnxruntime`` and its int8 form: its own profiler, node by node. What the profiler itself takes at a node,
       some microseconds, is measured on nodes that do nothing, and taken off.
     * On ``torch``: each module that holds no other is timed while the network runs.
@@ -200,7 +201,7 @@ def breakdown(
         example: Shape ``(n, ...)``, on the model's device.
         runtime: A runtime, the name of one, or ``auto`` as of :class:`~nasplat.cost.latency.Latency`.
         threads: Threads that compute; on ``packed`` always 1.
-        runs: Runs on ``onnxruntime`` and ``torch``.
+        runs: Runs of the whole; the parts are looked at in twice as many.
         bench: Where measuring is exclusive; None: this machine's.
 
     Raises:
@@ -235,14 +236,15 @@ _Measured = tuple[Sequence[Part], float]
 
 def _packed(model: nn.Module, file: bytes, example: Tensor, threads: int, runs: int) -> _Measured:
     program = PackedProgram.from_bytes(file)
-    found = profile(program)
+    engine, x = program.engine, example[:1].numpy()
+    times: list[NDArray[np.float64]] = []
+    whole = _least(lambda: engine.run(x), runs, lambda: times.append(step_seconds(program, x, 1)))
     modules = {name.replace(".", "_"): name for name, _ in model.named_modules() if name}
     parts = []
-    for step, measured in zip(program.engine.steps, found.steps, strict=True):
-        names = [measured.name, *step.operations]
-        module = next(filter(None, (_module(name, modules) for name in names)), "")
-        parts.append(Part(measured.name, measured.kind, module, measured.microseconds / 1e3))
-    return parts, found.microseconds / 1e3
+    for step, seconds in zip(engine.steps, np.concatenate(times).min(0).tolist(), strict=True):
+        module = next(filter(None, (_module(name, modules) for name in (step.name, *step.operations))), "")
+        parts.append(Part(step.name, step.kind, module, seconds * 1e3))
+    return parts, whole
 
 
 def _module(name: str, modules: Mapping[str, str]) -> str:

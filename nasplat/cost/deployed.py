@@ -5,17 +5,19 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Collection
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from nasplat.checks import is_whole
 from nasplat.cost.bench import Bench
 from nasplat.errors import InvalidInputError
-from nasplat.runtimes.choose import choose
+from nasplat.runtimes.choose import check_runtime, choose
 from nasplat.runtimes.runtime import Runtime
 
 
-def check_label(label: str, taken: Collection[str] = ()) -> None:
+def _check_label(label: str, taken: Collection[str] = ()) -> None:
     """Refuse a label that cannot be part of a metric's name.
 
     Args:
@@ -32,14 +34,24 @@ def check_label(label: str, taken: Collection[str] = ()) -> None:
         )
 
 
-def check_machine(on: str | None) -> None:
-    """Refuse what names no machine.
+def check_deployment(meter: Any, *, taken: Collection[str] = ("suspect",), whole: Collection[str] = ()) -> None:
+    """Refuse a meter of deployed networks whose fields make no sense.
+
+    Args:
+        meter: Has a ``runtime``, a ``label``, ``threads``, and ``on``: the machine.
+        taken: Labels that have a meaning of their own.
+        whole: Its other fields that are integers from 1 up.
 
     Raises:
-        InvalidInputError: It is neither None nor a name.
+        InvalidInputError: One of the fields is something else.
     """
-    if on is not None and (not isinstance(on, str) or not on):
-        raise InvalidInputError(f"on is {on!r}; legal: the name of a resource of a Ray node, or None")
+    check_runtime(meter.runtime)
+    _check_label(meter.label, taken)
+    if meter.on is not None and (not isinstance(meter.on, str) or not meter.on):
+        raise InvalidInputError(f"on is {meter.on!r}; legal: the name of a resource of a Ray node, or None")
+    for name in ("threads", *whole):
+        if not is_whole(getattr(meter, name)):
+            raise InvalidInputError(f"{name} is {getattr(meter, name)!r}; legal: an integer from 1 up")
 
 
 def deployed(

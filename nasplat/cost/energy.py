@@ -11,15 +11,15 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from nasplat.checks import is_number, is_whole
+from nasplat.checks import is_number
 from nasplat.cost import power
 from nasplat.cost.bench import Bench, owned_cores
-from nasplat.cost.deployed import check_label, check_machine, deployed
+from nasplat.cost.deployed import check_deployment, deployed
 from nasplat.cost.machine import governor, processor, steady
 from nasplat.cost.meter import Measurement
 from nasplat.errors import InvalidInputError, UnsupportedError
 from nasplat.runtimes import Runtime, named
-from nasplat.runtimes.choose import AUTO, check_runtime
+from nasplat.runtimes.choose import AUTO
 from nasplat.runtimes.runtime import device_of
 
 WARM_UP_SECONDS = 0.2
@@ -59,15 +59,10 @@ class Energy:
     trained = False
 
     def __post_init__(self) -> None:
-        check_label(self.label, ("suspect",))
-        check_machine(self.on)
-        for name in ("threads", "batch", "blocks"):
-            if not is_whole(getattr(self, name)):
-                raise InvalidInputError(f"{name} is {getattr(self, name)!r}; legal: an integer from 1 up")
+        check_deployment(self, whole=("batch", "blocks"))
         for name in ("seconds", "idle_s"):
             if not is_number(getattr(self, name)) or getattr(self, name) < 0.05:
                 raise InvalidInputError(f"{name} is {getattr(self, name)!r}; legal: seconds, from 0.05 up")
-        check_runtime(self.runtime)
 
     @property
     def metric(self) -> str:

@@ -9,15 +9,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from nasplat.checks import is_whole
 from nasplat.cost.bench import Bench
-from nasplat.cost.deployed import check_label, check_machine, deployed
+from nasplat.cost.deployed import check_deployment, deployed
 from nasplat.cost.meter import Measurement
 from nasplat.cost.timing import Schedule, Timing, TimingJob
-from nasplat.errors import InvalidInputError, UnsupportedError
+from nasplat.errors import UnsupportedError
 from nasplat.nn.binary import is_binary, set_binarisation
 from nasplat.runtimes import Runtime
-from nasplat.runtimes.choose import AUTO, check_runtime
+from nasplat.runtimes.choose import AUTO
 
 TWINS: Mapping[str, str] = {"fp32": "onnxruntime", "int8": "onnxruntime_int8"}
 """What a binary network is compared with, and on which runtime: the same network with real weights and activations."""
@@ -64,11 +63,7 @@ class Latency:
     trained = False
 
     def __post_init__(self) -> None:
-        if not is_whole(self.threads) or not is_whole(self.batch):
-            raise InvalidInputError(f"threads is {self.threads!r}, batch is {self.batch!r}; legal: integers from 1 up")
-        check_runtime(self.runtime)
-        check_label(self.label, PARTS)
-        check_machine(self.on)
+        check_deployment(self, taken=PARTS, whole=("batch",))
 
     @property
     def metric(self) -> str:

@@ -23,15 +23,15 @@ import cloudpickle
 import torch
 from torch import Tensor, nn
 
-from nasplat.checks import is_number, is_whole
+from nasplat.checks import is_number
 from nasplat.cost.anchor import anchor_network
 from nasplat.cost.bench import Bench
-from nasplat.cost.deployed import check_label, check_machine, deployed
+from nasplat.cost.deployed import check_deployment, deployed
 from nasplat.cost.machine import processor
 from nasplat.cost.meter import Measurement
 from nasplat.errors import CandidateError, InvalidInputError, TimeLimitError, UnsupportedError
 from nasplat.runtimes import Runtime
-from nasplat.runtimes.choose import AUTO, check_runtime
+from nasplat.runtimes.choose import AUTO
 
 ENVIRONMENT: Mapping[str, str] = {
     "MALLOC_ARENA_MAX": "1",
@@ -75,14 +75,9 @@ class PeakMemory:
     trained = False
 
     def __post_init__(self) -> None:
-        check_label(self.label, ("suspect",))
-        check_machine(self.on)
-        for name in ("threads", "batch", "repeats"):
-            if not is_whole(getattr(self, name)):
-                raise InvalidInputError(f"{name} is {getattr(self, name)!r}; legal: an integer from 1 up")
+        check_deployment(self, whole=("batch", "repeats"))
         if not is_number(self.timeout_s) or self.timeout_s <= 0:
             raise InvalidInputError(f"timeout_s is {self.timeout_s!r}; legal: positive seconds")
-        check_runtime(self.runtime)
 
     @property
     def metrics(self) -> tuple[str, ...]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import math
+import statistics
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -49,7 +50,13 @@ MOST = 600
 """Networks after which a space has too many steps."""
 
 ROUNDS = 5
-"""How often each step is measured, some seconds apart: what disturbs at one time does not at another."""
+"""How often each program is timed, some seconds apart: what disturbs at one time does not at another."""
+
+CONTEXTS = 3
+"""Programs in which a step is timed: what it takes depends a little on what ran before it."""
+
+TWICE = 2
+"""Measurements of each whole network, some rounds apart; the least counts."""
 
 PRIOR = 0.1
 """How far the scale of one kind of step may be from that of all, as a share, where the data do not say more."""
@@ -62,8 +69,8 @@ NOISE = 0.01
 class StepTable:
     """Milliseconds of the steps of one space's packed programs, and how they add up. Made by :meth:`measured`.
 
-    A network's latency is ``constant + sum of scale[kind of step] * time of step``. The scales say what a step takes
-    among others, when it was measured by itself, over and over; constant and scales are fitted to whole networks.
+    A network's latency is ``constant + sum of scale[kind of step] * time of step``. Constant and scales are fitted to
+    whole networks: they say what steps take that run without a clock between them.
 
     Attributes:
         metric: What is given: ``latency_ms``.
@@ -112,7 +119,7 @@ class StepTable:
         """Measure the steps of a space on this machine: ``StepTable.measured(space, x, Latency("packed"))``.
 
         Architectures are sampled, built and packed until they bring no new step. Each step is then timed in several
-        rounds, and some whole networks are measured.
+        programs and rounds, and some whole networks are measured.
 
         Args:
             space: Of binary networks.
@@ -144,16 +151,18 @@ class StepTable:
         chosen = [space.sample(rng) for _ in range(fitted)]
         found = [packing.keys(architecture) for architecture in chosen]
         held, covered = packing.known(rng, held_out)
-        architectures, programs = [*chosen, *held], packing.programs
+        architectures = [*chosen, *held]
         # Whole networks between the rounds, so that both see the machine at the same times.
-        costs = []
-        for turn, part in enumerate(np.array_split(np.arange(len(architectures)), ROUNDS)):
-            _time(programs, bench, kept, turn + 1, progress)
-            for number in part:
-                progress("networks", int(number), len(architectures))
-                costs.append(whole(architectures[number]))
-        progress("networks", len(architectures), len(architectures))
-        steps = {key: min(kept[key]) for keys in programs.values() for key in keys}
+        asked = list(range(len(architectures))) * TWICE
+        found_costs: dict[int, list[float]] = {}
+        for turn, part in enumerate(np.array_split(asked, ROUNDS)):
+            _time(packing, bench, kept, turn + 1, progress)
+            for number in part.tolist():
+                progress("networks", sum(map(len, found_costs.values())), len(asked))
+                found_costs.setdefault(number, []).append(whole(architectures[number]))
+        progress("networks", len(asked), len(asked))
+        costs = [min(found_costs[number]) for number in range(len(architectures))]
+        steps = _step_times(kept, packing)
         constant, scales = _fit(found, costs[:fitted], steps)
         table = cls(
             metric,
@@ -262,31 +271,30 @@ def _packed(model: nn.Module, example: Tensor) -> PackedProgram:
 
 
 class _Packing:
-    """Packs networks of a space, and keeps a program for each step that it came across.
+    """Packs networks of a space, and keeps some programs for each step that it came across.
 
     Attributes:
-        programs: Which steps are to be timed in which program.
+        programs: Those that are to be timed, with the keys of their steps.
     """
 
     def __init__(self, space: SearchSpace, example: Tensor, bench: Bench) -> None:
-        self.programs: dict[PackedProgram, set[str]] = {}
+        self.programs: list[tuple[PackedProgram, frozenset[str]]] = []
         self._space, self._example, self._bench = space, example, bench
-        self._known: set[str] = set()
+        self._known: Counter[str] = Counter()  # in how many of the programs
         self._keys: dict[str, tuple[str, ...]] = {}
 
     def keys(self, architecture: Architecture, keep: bool = True) -> tuple[str, ...]:
-        """Keys of a network's steps; those that were unknown are to be timed, if kept."""
+        """Keys of a network's steps; if it may be kept, it is where one of them is in too few programs."""
         had = self._keys.get(architecture.id)
         if had is not None:
             return had
         with self._bench.training(), torch.random.fork_rng(devices=[]):
             program = _packed(self._space.build(architecture).eval(), self._example)
             keys = step_keys(program)
-        new = set(keys) - self._known
-        if new and keep:
-            self.programs[program] = new
-            self._known |= new
-        if not new or keep:
+        if keep and any(self._known[key] < CONTEXTS for key in keys):
+            self.programs.append((program, frozenset(keys)))
+            self._known.update(frozenset(keys))
+        if keep or set(keys) <= self._known.keys():
             self._keys[architecture.id] = keys
         return keys
 
@@ -325,22 +333,35 @@ class _Packing:
                 )
             architecture = self._space.sample(rng)
             tried += 1
-            if self._known.issuperset(self.keys(architecture, keep=False)):
+            if set(self.keys(architecture, keep=False)) <= self._known.keys():
                 found.append(architecture)
         return found, len(found) / tried
 
 
-def _time(
-    programs: Mapping[PackedProgram, set[str]], bench: Bench, kept: Readings, turns: int, progress: Progress
-) -> None:
-    """Bring each step to so many readings."""
-    for done, (program, keys) in enumerate(programs.items()):
-        progress(f"steps, round {turns} of {ROUNDS}", done, len(programs))
-        wanted = {key for key in keys if len(kept[key]) < turns}
-        if wanted:
+def _time(packing: _Packing, bench: Bench, kept: Readings, turns: int, progress: Progress) -> None:
+    """Bring each step of each program to so many readings."""
+    for number, (program, keys) in enumerate(packing.programs):
+        progress(f"steps, round {turns} of {ROUNDS}", number, len(packing.programs))
+        if any(len(kept[_reading(number, key)]) < turns for key in keys):
             with bench.measuring(1) as processors, steady(1, processors):
-                for key, milliseconds in timed_steps(program, wanted):
-                    kept.add(key, milliseconds)
+                timed = timed_steps(program)
+            for key, milliseconds in timed.items():
+                if len(kept[_reading(number, key)]) < turns:
+                    kept.add(_reading(number, key), milliseconds)
+
+
+def _step_times(kept: Readings, packing: _Packing) -> dict[str, float]:
+    """Milliseconds of each step: the least of the rounds in a program, and the median of the programs."""
+    found: dict[str, list[float]] = {}
+    for number, (_, keys) in enumerate(packing.programs):
+        for key in keys:
+            found.setdefault(key, []).append(min(kept[_reading(number, key)]))
+    return {key: statistics.median(values) for key, values in found.items()}
+
+
+def _reading(number: int, key: str) -> str:
+    """Name of the readings of a step in a program."""
+    return f"program {number}: {key}"
 
 
 def _fit(

@@ -8,12 +8,12 @@ from torch import Tensor, nn
 
 from nasplat.checks import is_whole, sequence
 from nasplat.cost.bench import Bench
-from nasplat.cost.deployed import check_label, check_machine, deployed
+from nasplat.cost.deployed import check_deployment, deployed
 from nasplat.cost.meter import Measurement
 from nasplat.cost.timing import Schedule, TimingJob
 from nasplat.errors import InvalidInputError
 from nasplat.runtimes import Runtime
-from nasplat.runtimes.choose import AUTO, check_runtime
+from nasplat.runtimes.choose import AUTO
 
 
 @dataclass(frozen=True)
@@ -43,15 +43,11 @@ class Throughput:
     trained = False
 
     def __post_init__(self) -> None:
-        check_label(self.label, ("suspect",))
-        check_machine(self.on)
+        check_deployment(self)
         batches = sequence("Throughput", "batches", self.batches)
         if not batches or not all(map(is_whole, batches)) or len(set(batches)) < len(batches):
             raise InvalidInputError(f"batches is {self.batches!r}; legal: different integers from 1 up, at least one")
         object.__setattr__(self, "batches", batches)
-        if not is_whole(self.threads):
-            raise InvalidInputError(f"threads is {self.threads!r}; legal: an integer from 1 up")
-        check_runtime(self.runtime)
 
     def metric(self, batch: int) -> str:
         """The value's name for a batch size."""

@@ -26,7 +26,7 @@ from nasplat.cost.bench import Bench
 from nasplat.cost.machine import governor, own_cache_bytes, processor, steady
 from nasplat.errors import InvalidInputError
 from nasplat.identity import canonical, describe
-from nasplat.runtimes.runtime import Runtime, Session, device_of
+from nasplat.runtimes.runtime import Runtime, Session, device_of, needs_memory
 
 BLOCK_SECONDS = 0.003
 """Length of a block, which is one run of a network that takes longer.
@@ -225,8 +225,7 @@ class TimingJob:
             }
             record = AnchorRecord(bench.folder)
             key = canonical([describe(self.runtime), dict(self.runtime.facts()), self.threads, processor()])
-            on_cpu = device_of(self.runtime) == "cpu"
-            memory = _Memory(record, shared=on_cpu and len(self.file) > own_cache_bytes())
+            memory = _Memory(record, shared=needs_memory(self.runtime) and len(self.file) > own_cache_bytes())
             timing = _timing(session, anchor, memory, self.schedule, record, key, facts)
             if not timing.suspect and 0 < len(processors) < self.threads:
                 timing = replace(timing, suspect=f"{self.threads} threads on {len(processors)} processors")
@@ -257,7 +256,7 @@ def _timing(
     around: list[tuple[float, float]] = []
     quiet: list[bool] = []
     begin, patience = time.perf_counter(), max(schedule.patience_s, 3 * wanted * runs * once)
-    while sum(quiet) < wanted or memory.is_pressed():
+    while sum(quiet) < wanted:
         waiting = time.perf_counter() - begin < patience
         if not waiting and len(blocks) >= wanted:
             break
@@ -374,17 +373,13 @@ class _Memory:
         """By which share reading takes longer than undisturbed."""
         return max(0.0, self._quickest / self._known - 1) if self._times else 0.0
 
-    def is_pressed(self) -> bool:
-        """Whether others' use of it slows the network."""
-        return self._shared and self.slower > PRESSURE
-
     def remember(self) -> None:
         """Put it on record. Only while the bench is held."""
         self._record.add(self._key, self._quickest)
 
     def reasons(self) -> list[str]:
         """Why the number is not to be trusted."""
-        if not self.is_pressed():
+        if not self._shared or self.slower <= PRESSURE:
             return []
         return [
             f"others used the memory: reading it took {self.slower:.0%} longer than undisturbed, and the network is "

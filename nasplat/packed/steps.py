@@ -6,15 +6,14 @@ keys, though it has many programs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+import statistics
+from collections.abc import Callable
 
 import numpy as np
 from numpy.typing import NDArray
 
 from nasplat.errors import UnsupportedError
-from nasplat.packed.engine import Engine, Step
 from nasplat.packed.graph import Program
-from nasplat.packed.profile import _least
 from nasplat.packed.program import PackedProgram
 
 PRESENT = ("PICK_AT", "FACTOR_AT", "BASE_AT")
@@ -36,34 +35,45 @@ def step_kind(key: str) -> str:
     return " ".join(part for part in parts[:2] if "=" not in part)
 
 
-def timed_steps(
-    program: PackedProgram, wanted: Collection[str], seconds: float = 0.001, passes: int = 3
-) -> Iterator[tuple[str, float]]:
-    """Keys of a program's steps with milliseconds of one run, for one example on one thread.
+def step_seconds(program: PackedProgram, x: NDArray[np.float32], passes: int) -> NDArray[np.float64]:
+    """Seconds of each step, shape ``(passes, steps)``: run one after the other as always, on one thread.
+
+    So each step finds the caches as it does in the network.
 
     Args:
         program: Any.
-        wanted: Keys to measure; each is measured at its first step.
-        seconds: Of one reading, about.
-        passes: Readings of each; the least counts, since what disturbs only ever adds.
+        x: One example ``(1, channels, height, width)``.
+        passes: Runs of the whole program.
+
+    Raises:
+        UnsupportedError: Numba is not installed.
     """
-    engine = program.engine
-    x = np.random.default_rng(0).standard_normal((1, *program.input_shape), np.float32)
-    left = set(wanted)
-    for key, (_, call) in zip(step_keys(program), _rows(engine, x), strict=True):
-        if key in left:
-            left.remove(key)
-            yield key, _least(call, seconds, passes) * 1e3
-
-
-def _rows(engine: Engine, x: NDArray[np.float32]) -> Iterator[tuple[Step, Callable[[int], None]]]:
-    rows = getattr(engine, "rows", None)
-    if rows is None:
+    timed: Callable[[NDArray[np.float32], int], NDArray[np.float64]] | None = getattr(program.engine, "timed", None)
+    if timed is None:
         raise UnsupportedError(
             "steps are timed on the compiled engine, which needs Numba: pip install 'nasplat[packed]'"
         )
-    found: Iterator[tuple[Step, Callable[[int], None]]] = rows(x)
-    return found
+    return timed(x, passes)
+
+
+def timed_steps(program: PackedProgram, passes: int = 12) -> dict[str, float]:
+    """Milliseconds of a program's steps by their keys, for one example on one thread.
+
+    Of each step the least of all passes counts, since what disturbs only ever adds; of several steps with one key, the
+    mean.
+
+    Args:
+        program: Any.
+        passes: As of :func:`step_seconds`.
+
+    Raises:
+        UnsupportedError: Numba is not installed.
+    """
+    x = np.random.default_rng(0).standard_normal((1, *program.input_shape), np.float32)
+    found: dict[str, list[float]] = {}
+    for key, seconds in zip(step_keys(program), step_seconds(program, x, passes).min(0).tolist(), strict=True):
+        found.setdefault(key, []).append(seconds * 1e3)
+    return {key: statistics.fmean(values) for key, values in found.items()}
 
 
 def _keys(program: Program) -> tuple[str, ...]:

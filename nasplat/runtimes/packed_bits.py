@@ -18,6 +18,8 @@ from nasplat.runtimes.runtime import Session
 class PackedBits:
     """Packed bits (:mod:`nasplat.packed`), for networks that multiply bits by bits."""
 
+    spares_memory = True
+
     @property
     def name(self) -> str:
         """``packed``."""

@@ -44,6 +44,11 @@ def device_of(runtime: Runtime) -> str:
     return str(getattr(runtime, "device", "cpu"))
 
 
+def needs_memory(runtime: Runtime) -> bool:
+    """Whether what others do to the caches and the memory that cores share slows large networks."""
+    return device_of(runtime) == "cpu" and not getattr(runtime, "spares_memory", False)
+
+
 @runtime_checkable
 class Runtime(Protocol):
     """Where networks are deployed. A frozen dataclass of plain parameters, found by its entry point.
@@ -52,7 +57,8 @@ class Runtime(Protocol):
     :meth:`load` must need nothing but the file, the input and what is installed.
 
     One that computes elsewhere than on the CPU says so by an attribute ``device``, ``"cuda"`` say: trainings then pause
-    while it measures, whatever cores there are, and its energy is that of the device.
+    while it measures, whatever cores there are, and its energy is that of the device. One that hardly needs memory
+    beside what it computes says so by ``spares_memory = True``: its times are not suspect where others use the memory.
     """
 
     @property

@@ -214,11 +214,11 @@ def test_steps_of_one_key_do_the_same_work():
     assert set(step_keys(packed(width=8, kernel=1, twice=False))) != set(single)
 
 
-def test_only_wanted_steps_are_timed():
+def test_all_steps_of_a_program_are_timed():
     program = packed(width=8, kernel=3, twice=True)
-    wanted = set(step_keys(program)[:2])
-    timed = dict(timed_steps(program, wanted, seconds=1e-5, passes=1))
-    assert timed.keys() == wanted and all(value > 0 for value in timed.values())
+    timed = timed_steps(program)
+    assert timed.keys() == set(step_keys(program)) and all(0 <= value < 1000 for value in timed.values())
+    assert sum(timed.values()) > 0
 
 
 @dataclass(frozen=True)
@@ -246,14 +246,15 @@ def cost_of(key):
     return 1e-6 * sum(numbers)
 
 
+def costs_of_steps(program):
+    return {key: cost_of(key) for key in step_keys(program)}
+
+
 @pytest.fixture(scope="module")
 def steps():
     """A table whose times are those of ``cost_of``, so that nothing depends on the machine."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            "nasplat.cost.steps.timed_steps",
-            lambda program, wanted: [(key, cost_of(key)) for key in dict.fromkeys(step_keys(program)) if key in wanted],
-        )
+        patch.setattr("nasplat.cost.steps.timed_steps", costs_of_steps)
         return StepTable.measured(Blocks(), X, Work(), fitted=8)
 
 
@@ -282,7 +283,7 @@ def test_scales_are_found_where_steps_take_longer_among_others(steps):
             return Measurement({"latency_ms": 3 * work(model)})
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("nasplat.cost.steps.timed_steps", lambda program, wanted: [(key, cost_of(key)) for key in wanted])
+        patch.setattr("nasplat.cost.steps.timed_steps", costs_of_steps)
         table = StepTable.measured(Blocks(), X, Thrice(), fitted=8)
     assert table.accuracy.median_relative_error < 0.01
     assert dict(table.scales)["CONV real"] == pytest.approx(3, rel=0.2)
@@ -523,7 +524,7 @@ def test_profile_space_of_steps(tmp_path, monkeypatch):
     stopped = call(*command)
     assert stopped.exit_code == 130 and "the same command goes on from there" in stopped.stderr, stopped.output
     assert not out.exists()
-    left[0] = 28 - 4  # all but those that were measured before
+    left[0] = 2 * 28 - 4  # all but those that were measured before
     done = call(*command)
     assert done.exit_code == 0, done.output
     assert left[0] == 0

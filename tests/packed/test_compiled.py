@@ -886,3 +886,18 @@ def test_rows_run_again_and_again_with_one_result(program: Program, monkeypatch:
             assert memory[at : at + value.nbytes].tobytes() == value.tobytes(), step
     assert tuple(steps) == engine.steps
     assert fences.intact()
+
+
+def test_what_is_timed_is_what_a_run_computes(program: Program, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = Compiled(program)
+    x = images(np.random.default_rng(9), program.input_shape, 1)
+    wanted = {step.name: value for step, value in engine.trace({INPUT: x[0]}) if value is not None}
+    fences = Fences()
+    monkeypatch.setattr(compiled, "_aligned", fences)
+    seconds = engine.timed(x, 3)
+    assert seconds.shape == (3, len(engine.steps)) and (seconds >= 0).all() and seconds.sum() > 0
+    ((memory, begin, _),) = fences.all
+    last = engine.steps[-1].name
+    at, value = begin + engine.plan.values[last].at, wanted[last]
+    assert memory[at : at + value.nbytes].tobytes() == value.tobytes()
+    assert fences.intact()
