@@ -8,9 +8,11 @@ Parts:
              difference, the rank correlation, and values that are off by over 10 % without being flagged. First with
              the other cores idle, then while a study trains on them (it pauses for measurements, as all studies do),
              then with work on them that knows nothing of the bench (``--loads``).
+    table    a table of costs is built for each space of ``--tables`` and predicts networks that it has not seen: of the
+             steps of packed programs for binary spaces, else of the choices. They are measured three times, and the
+             least counts.
     proxies  the rank correlation of what is used in place of a measurement with the measured latency: parameters, MACs,
-             OPs, the training graph's time in eager torch.
-    table    a table of costs is built for each binary space and predicts networks that it has not seen.
+             OPs, the training graph's time in eager torch, and the table where that part was run as well.
     seconds  what measuring one network costs after the first: building and exporting, timing, its memory in a fresh
              process.
 
@@ -40,7 +42,7 @@ import torch
 from scipy import stats
 
 from nasplat import Architecture, Latency
-from nasplat.cost import Accuracy, Bench, Count, PeakMemory, StepTable
+from nasplat.cost import Accuracy, Bench, CostTable, Count, PeakMemory, StepTable
 from nasplat.cost.machine import processor
 from nasplat.cost.timing import Timing, TimingJob
 from nasplat.runtimes import Runtime, named
@@ -68,8 +70,11 @@ SPACES: Mapping[str, tuple[SearchSpace, str]] = {
 """A space of each kind, at the size of CIFAR images, and the runtime that its networks are deployed on."""
 
 BINARY = ("bats", "binary_growth")
-PARTS = ("retest", "proxies", "table", "seconds")
+PARTS = ("retest", "table", "proxies", "seconds")
 LOADS = ("idle", "study", "stranger")
+TRUTH = 3
+"""Measurements of a network that a table is held against."""
+
 OFF = 0.10
 """Difference of two measurements from which on one of them has to be flagged."""
 
@@ -213,49 +218,31 @@ def retest(names: Sequence[str], count: int, loads: Sequence[str], bench: Bench)
     return found
 
 
-def proxies(names: Sequence[str], count: int, bench: Bench) -> dict[str, Any]:
-    """The second part."""
-    found: dict[str, Any] = {}
-    header = ("params", "macs", "ops", "training graph")
-    _line("space", *header, "graph / deployed", width=24)
-    for name in names:
-        networks = Networks(name, count)
-        latency = np.array([timing.median_ms for timing in networks.measure(bench)[0]])
-        values: dict[str, list[float]] = {proxy: [] for proxy in header}
-        eager = named("torch")
-        for architecture in networks.architectures:
-            model = networks.build(architecture)
-            counted = Count().measure(model, EXAMPLE, bench).values
-            for proxy in header[:3]:
-                values[proxy].append(counted[proxy])
-            values["training graph"].append(TimingJob(eager, eager.export(model, EXAMPLE), EXAMPLE)(bench).median_ms)
-        row = {proxy: _spearman(given, latency) for proxy, given in values.items()}
-        found[name] = {**row, "graph_ratio": float(np.median(np.array(values["training graph"]) / latency))}
-        cells = [f"{value:+.3f} [{low:+.2f}, {high:+.2f}]" for value, low, high in row.values()]
-        _line(name, *cells, f"{found[name]['graph_ratio']:.2f}x", width=24)
-    return found
-
-
 def tables(names: Sequence[str], count: int, bench: Bench) -> dict[str, Any]:
-    """The third part."""
+    """The second part."""
     found: dict[str, Any] = {}
     _line("space", "build s", "Spearman", "interval", "Kendall", "median error", "slope", "steps", "unknown", "suspect")
     for name in names:
         networks = Networks(name, count, seed=2)
+        latency = Latency(networks.runtime, twins=False)
         begin = time.perf_counter()
-        table = StepTable.measured(networks.space, EXAMPLE, Latency(networks.runtime, twins=False), bench=bench)
+        table = (StepTable if name in BINARY else CostTable).measured(networks.space, EXAMPLE, latency, bench=bench)
         built = time.perf_counter() - begin
-        timings, _ = networks.measure(bench)
-        given = [table.predict(one, networks.build(one), EXAMPLE) for one in networks.architectures]
-        pairs = [(p, timing.median_ms) for p, timing in zip(given, timings, strict=True) if p is not None]
+        rounds = [networks.measure(bench)[0] for _ in range(TRUTH)]
+        best = [min(timings, key=lambda timing: timing.median_ms) for timings in zip(*rounds, strict=True)]
+        given = [
+            table.predict(one, networks.build(one), EXAMPLE) if isinstance(table, StepTable) else table.cost(one)
+            for one in networks.architectures
+        ]
+        pairs = [(p, timing.median_ms) for p, timing in zip(given, best, strict=True) if p is not None]
         predicted, measured = zip(*pairs, strict=True)
         value, low, high = _spearman(predicted, np.array(measured))
         accuracy = Accuracy.of(predicted, measured)
         found[name] = {
             "build_seconds": built,
-            "steps": len(table.steps),
+            "steps": len(table.steps) if isinstance(table, StepTable) else 0,
             "unknown": count - len(pairs),
-            "suspect": sum(bool(timing.suspect) for timing in timings),
+            "suspect": sum(bool(timing.suspect) for timing in best),
             "spearman": (value, low, high),
             "accuracy": dataclasses.asdict(accuracy),
             "facts": dict(table.facts),
@@ -271,6 +258,40 @@ def tables(names: Sequence[str], count: int, bench: Bench) -> dict[str, Any]:
             f"{accuracy.calibration:.3f}",
             *(str(found[name][key]) for key in ("steps", "unknown", "suspect")),
         )
+    return found
+
+
+def proxies(names: Sequence[str], count: int, bench: Bench, predicted: Mapping[str, Any]) -> dict[str, Any]:
+    """The third part.
+
+    Args:
+        names: Of spaces.
+        count: Networks of each.
+        bench: Measures.
+        predicted: What the second part found.
+    """
+    found: dict[str, Any] = {}
+    counted = ("params", "macs", "ops")
+    graph = "training graph"
+    _line("space", *counted, graph, "table", "graph / deployed", width=24)
+    for name in names:
+        networks = Networks(name, count)
+        latency = np.array([timing.median_ms for timing in networks.measure(bench)[0]])
+        values: dict[str, list[float]] = {proxy: [] for proxy in (*counted, graph)}
+        eager = named("torch")
+        for architecture in networks.architectures:
+            model = networks.build(architecture)
+            costs = Count().measure(model, EXAMPLE, bench).values
+            for proxy in counted:
+                values[proxy].append(costs[proxy])
+            values[graph].append(TimingJob(eager, eager.export(model, EXAMPLE), EXAMPLE)(bench).median_ms)
+        row = {proxy: _spearman(given, latency) for proxy, given in values.items()}
+        if name in predicted:
+            row["table"] = predicted[name]["spearman"]
+        found[name] = {**row, "graph_ratio": float(np.median(np.array(values[graph]) / latency))}
+        cells = [f"{value:+.3f} [{low:+.2f}, {high:+.2f}]" for value, low, high in row.values()]
+        cells += ["-"] * (name not in predicted)
+        _line(name, *cells, f"{found[name]['graph_ratio']:.2f}x", width=24)
     return found
 
 
@@ -338,6 +359,9 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--part", nargs="+", choices=PARTS, default=list(PARTS), help="default: all")
     parser.add_argument("--spaces", nargs="+", choices=list(SPACES), default=list(SPACES), help="default: all")
     parser.add_argument("--loads", nargs="+", choices=LOADS, default=list(LOADS), help="beside a retest; default: all")
+    parser.add_argument(
+        "--tables", nargs="+", choices=list(SPACES), default=list(BINARY), help="default: those of binary networks"
+    )
     parser.add_argument("--networks", type=int, default=40, help="of each space (default 40)")
     parser.add_argument("--out", type=Path, help="a JSON file for all figures")
     options = parser.parse_args(arguments)
@@ -347,15 +371,14 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     print(f"{processor()}, {platform.python_version()}, torch {torch.__version__}, {time.strftime('%Y-%m-%d')}\n")
     bench = Bench()
     found: dict[str, Any] = {}
-    binary = [name for name in options.spaces if name in BINARY]
-    for part in options.part:
+    for part in sorted(options.part, key=PARTS.index):
         print(part)
         if part == "retest":
             found[part] = retest(options.spaces, options.networks, options.loads, bench)
-        elif part == "proxies":
-            found[part] = proxies(options.spaces, options.networks, bench)
         elif part == "table":
-            found[part] = tables(binary, options.networks, bench)
+            found[part] = tables(options.tables, options.networks, bench)
+        elif part == "proxies":
+            found[part] = proxies(options.spaces, options.networks, bench, found.get("table", {}))
         else:
             found[part] = seconds(options.spaces, bench)
         print(flush=True)

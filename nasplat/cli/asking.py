@@ -25,27 +25,29 @@ from nasplat.study import Study
 
 Trials = Annotated[int, typer.Option(metavar="N", help="Trials over all runs of the study.")]
 Workers = Annotated[int, typer.Option(metavar="W", help="Trials at a time, on Ray; 0: one by one, here.")]
+SpaceName = Annotated[
+    str,
+    typer.Option(
+        metavar="NAME[:PRESET]",
+        help=f"Search space. A plain name takes the preset '{DEFAULT_PRESET}' where the space has one.",
+        show_default=False,
+    ),
+]
+SpaceParams = Annotated[
+    list[str] | None, typer.Option("--space-param", "-s", metavar="KEY=VALUE", help="Parameter of the space.")
+]
 
 
 def study_of(
     *,
-    space: Annotated[
-        str,
-        typer.Option(
-            metavar="NAME[:PRESET]",
-            help=f"Search space. A plain name takes the preset '{DEFAULT_PRESET}' where the space has one.",
-            show_default=False,
-        ),
-    ],
+    space: SpaceName,
     task: Annotated[str, typer.Option(metavar="NAME", help=f"Task: {', '.join(TASKS)}.", show_default=False)],
     folder: Annotated[
         Path,
         typer.Option(metavar="DIR", help="The study's folder; made, or gone on with if it holds the same study."),
     ],
     strategy: Annotated[str, typer.Option(metavar="NAME[:PRESET]", help="Strategy.")] = "regularized_evolution",
-    space_param: Annotated[
-        list[str] | None, typer.Option("--space-param", "-s", metavar="KEY=VALUE", help="Parameter of the space.")
-    ] = None,
+    space_param: SpaceParams = None,
     strategy_param: Annotated[
         list[str] | None, typer.Option("--strategy-param", "-p", metavar="KEY=VALUE", help="Parameter of the strategy.")
     ] = None,

@@ -21,7 +21,8 @@ from torch import Tensor
 
 from nasplat import plugins
 from nasplat.cli.app import INTERRUPTED, Quiet, app, say
-from nasplat.cli.values import DEFAULT_PRESET, TASKS, assignments, plugin_of, task_of
+from nasplat.cli.asking import SpaceName, SpaceParams
+from nasplat.cli.values import TASKS, assignments, plugin_of, task_of
 from nasplat.cost import CostMeter, CostTable, Count, Latency, StepTable, load_table
 from nasplat.cost.readings import Progress as Told
 from nasplat.cost.readings import silent
@@ -45,14 +46,7 @@ class Kind(StrEnum):
 
 @app.command("profile-space")
 def profile_space(
-    space: Annotated[
-        str,
-        typer.Option(
-            metavar="NAME[:PRESET]",
-            help=f"Search space. A plain name takes the preset '{DEFAULT_PRESET}' where the space has one.",
-            show_default=False,
-        ),
-    ],
+    space: SpaceName,
     out: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="The table to write, JSON. Default: SPACE-RUNTIME.json.", show_default=False),
@@ -70,9 +64,7 @@ def profile_space(
         str | None,
         typer.Option("--input", metavar="CxHxW", help="Shape of an input instead: 3x32x32.", show_default=False),
     ] = None,
-    space_param: Annotated[
-        list[str] | None, typer.Option("--space-param", "-s", metavar="KEY=VALUE", help="Parameter of the space.")
-    ] = None,
+    space_param: SpaceParams = None,
     task_param: Annotated[
         list[str] | None, typer.Option("--task-param", "-t", metavar="KEY=VALUE", help="Parameter of the task: size.")
     ] = None,

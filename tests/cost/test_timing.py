@@ -15,9 +15,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scripted import ANCHOR_S, Machine, timed
+from scripted import ANCHOR_S, Machine, Scripted, timed
 
 from nasplat.cost import Bench
+from nasplat.cost.machine import own_cache_bytes
 from nasplat.cost.timing import Schedule, Timing, TimingJob
 from nasplat.runtimes import TorchEager
 
@@ -312,3 +313,31 @@ def test_the_bench_is_free_again_when_a_network_fails(bench):
     assert torch.get_num_threads() == threads and os.sched_getaffinity(0) == affinity and gc.isenabled()
     fine = TimingJob(runtime, runtime.export(torch.nn.ReLU(), x), x, 1, Schedule(blocks=1, seconds=0.0, patience_s=0.0))
     assert fine(bench).blocks
+
+
+# Memory that all cores share.
+
+
+def test_networks_that_need_the_shared_caches_are_flagged_while_others_use_them(bench, monkeypatch):
+    read = [1e-4]
+    monkeypatch.setattr("nasplat.cost.timing.read_seconds", lambda: read[0])
+    monkeypatch.setattr("nasplat.cost.timing.own_cache_bytes", lambda: 3)  # the file has 5: "0.001"
+    quiet = timed(bench, Machine(), 0.001)
+    assert quiet.suspect == "" and quiet.facts["memory_slower"] == 0
+    read[0] *= 1.3
+    pressed = timed(bench, Machine(), 0.001)
+    assert "reading it took 30% longer than undisturbed" in pressed.suspect
+    assert pressed.facts["memory_slower"] == pytest.approx(0.3)
+    with monkeypatch.context() as patch:
+        patch.setattr("nasplat.cost.timing.own_cache_bytes", lambda: 5)
+        fits = timed(bench, Machine(), 0.001)
+        assert fits.suspect == "" and fits.facts["memory_slower"] == pytest.approx(0.3)
+    with monkeypatch.context() as patch:
+        patch.setattr(Scripted, "spares_memory", True, raising=False)
+        assert timed(bench, Machine(), 0.001).suspect == ""
+    read[0] = 1.04e-4
+    assert timed(bench, Machine(), 0.001).suspect == ""
+
+
+def test_a_core_has_a_cache_of_its_own():
+    assert 1 << 15 <= own_cache_bytes() <= 1 << 28
