@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from scipy.special import ndtri
 
 from nasplat.errors import InvalidInputError
+from nasplat.figures import check_picture, save_figure
 from nasplat.objectives import Objective
 from nasplat.quantities import unit_of
 from nasplat.strategy import Trial
@@ -21,7 +22,6 @@ FRONT, OTHERS = "#0072b2", "#bbbbbb"
 TIES = ("#e69f00", "#009e73")
 """Of ties in the horizontal and in the vertical objective: with the front's blue told apart with any colour vision."""
 
-FORMATS = (".svg", ".png", ".pdf")
 LOGARITHMIC = 30.0
 """An axis whose largest value is more than so many times its least is logarithmic."""
 
@@ -42,19 +42,10 @@ def save(front: UncertainFront, path: str | Path) -> Path:
     Raises:
         InvalidInputError: The name ends otherwise, or there is nothing to draw.
     """
-    path = Path(path)
-    suffix = path.suffix.lower()
-    if suffix not in FORMATS:
-        raise InvalidInputError(
-            f"a picture cannot be saved as {path.name!r}; legal: a name in {', '.join(FORMATS[:-1])} or {FORMATS[-1]}"
-        )
+    path = check_picture(path)
     if not front.members:
         raise InvalidInputError("there is no front to draw: no candidate was trained in full and keeps the limits")
-    figure = draw(front)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    date: dict[str, Any] = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}}.get(suffix, {})
-    figure.savefig(path, dpi=150, format=suffix[1:], metadata=date)
-    return path
+    return save_figure(draw(front), path)
 
 
 def draw(front: UncertainFront) -> Figure:

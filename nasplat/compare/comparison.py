@@ -26,6 +26,7 @@ from nasplat.compare.statistics import Centre, Statistics, compare_arms
 from nasplat.compare.trace import Account, Terms, Trace, pick, score_curve, trace_of, with_held_out
 from nasplat.compare.verdict import Verdict, listed, number, verdict
 from nasplat.errors import FolderError, InvalidInputError
+from nasplat.figures import save_figure
 from nasplat.identity import canonical
 from nasplat.objectives import Constraint, Objective
 from nasplat.report import WIDTH, plain
@@ -554,8 +555,8 @@ class Comparison:
 
     def _save_figure(self, folder: Path) -> None:
         figure = self.figure()
-        figure.savefig(folder / "figure.svg", metadata={"Date": None})
-        figure.savefig(folder / "figure.png", dpi=150)
+        for suffix in (".svg", ".png"):
+            save_figure(figure, folder / f"figure{suffix}")
 
     @classmethod
     def load(cls, folder: str | Path) -> Comparison:

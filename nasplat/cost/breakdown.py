@@ -23,6 +23,7 @@ from nasplat.cost.bench import Bench
 from nasplat.cost.deployed import deployed
 from nasplat.cost.machine import processor, steady
 from nasplat.errors import InvalidInputError, UnsupportedError
+from nasplat.figures import check_picture, save_figure
 from nasplat.packed import PackedProgram
 from nasplat.packed.steps import step_seconds
 from nasplat.runtimes.choose import AUTO, check_runtime, choose
@@ -41,8 +42,6 @@ NO_MODULE = "(no one module)"
 
 IR_VERSION = 9
 """Of ONNX files with that opset: what is read by versions of ONNX Runtime older than the onnx package."""
-
-SUFFIXES = (".svg", ".png", ".pdf")
 
 
 @dataclass(frozen=True)
@@ -149,14 +148,7 @@ class Breakdown:
         Raises:
             InvalidInputError: The name ends otherwise.
         """
-        path = Path(path)
-        if path.suffix.lower() not in SUFFIXES:
-            raise InvalidInputError(f"{path} is no picture's name; legal: a name in {', '.join(SUFFIXES)}")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # No date in the file, so that equal pictures are equal bytes.
-        dates: dict[str, dict[str, Any]] = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}}
-        self.figure(most).savefig(path, dpi=150, metadata=dates.get(path.suffix.lower(), {}))
-        return path
+        return save_figure(self.figure(most), check_picture(path))
 
     def __str__(self) -> str:
         """The parts and the kinds as text."""
