@@ -21,7 +21,8 @@ def check_picture(path: str | Path) -> Path:
     """
     path = Path(path)
     if path.suffix.lower() not in SUFFIXES:
-        raise InvalidInputError(f"{path} is no picture's name; legal: a name in {', '.join(SUFFIXES)}")
+        legal = f"{', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}"
+        raise InvalidInputError(f"{path} is no picture's name; legal: a name in {legal}")
     return path
 
 
