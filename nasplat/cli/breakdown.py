@@ -12,6 +12,7 @@ from nasplat.cli.app import Folder, Which, app, say
 from nasplat.cost.breakdown import breakdown as measured
 from nasplat.cost.count import count_modules
 from nasplat.errors import UnsupportedError
+from nasplat.figures import check_picture
 from nasplat.result import load
 
 
@@ -34,6 +35,8 @@ def breakdown(
     A runtime does several modules at once: the time of a normalisation is with the convolution before it. What belongs
     to no one module, and what is in no part, have rows of their own.
     """
+    if plot is not None:
+        check_picture(plot)
     result = load(folder)
     candidate = result.best if trial is None else result.candidate(trial)
     model = candidate.model()
@@ -46,6 +49,8 @@ def breakdown(
     found = measured(model, example, runtime, threads=threads)
     table = found.with_counts(counts)
     typer.echo(table.to_csv(index=False) if csv else f"{_text(table)}\n\n{found.summary()}", nl=not csv)
+    if "latency_ms" in candidate.metrics and not csv:
+        typer.echo(f"The study's own measurement: latency_ms {candidate.metrics['latency_ms']:.3f}")
     if left_out := sorted({name for names in counts["uncounted"] for name in names.split()}):
         say(f"Not counted, because there is no rule for it: {', '.join(left_out)}")
     if plot is not None:

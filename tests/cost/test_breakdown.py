@@ -161,6 +161,12 @@ def test_the_command_shows_counts_and_times(tmp_path):
     assert f"{params:,.0f}" in total
     assert total.endswith("100.0%")
     assert "a pass on torch" in lines[-1]
+    history = tmp_path / "study" / "history.jsonl"
+    history.write_text(history.read_text().replace('"metrics":{"params"', '"metrics":{"latency_ms":1.25,"params"'))
+    shown = CliRunner().invoke(cli.app, ["breakdown", folder, "--runtime", "torch"])
+    assert shown.stdout.splitlines()[-1] == "The study's own measurement: latency_ms 1.250"
+    wrong = CliRunner().invoke(cli.app, ["breakdown", folder, "--plot", "picture.doc"])
+    assert wrong.exit_code == 1 and "picture.doc is no picture's name" in wrong.stderr
     wrong = CliRunner().invoke(cli.app, ["breakdown", folder, "--runtime", "toaster"])
     assert wrong.exit_code == 1
     assert "toaster" in wrong.stderr
