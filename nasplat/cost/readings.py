@@ -26,7 +26,9 @@ Progress: TypeAlias = Callable[[str, int, int | None], None]
 
 VERSION = 1
 
-VOLATILE = ("file_bytes", "file_sha256", "load", "anchor_ms", "anchor_drift", "suspect")
+VOLATILE = (
+    "file_bytes", "file_sha256", "load", "anchor_ms", "anchor_drift", "quiet_share", "memory_slower", "suspect",
+)  # fmt: skip
 """Facts of one measurement that say nothing of the next."""
 
 
