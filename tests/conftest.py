@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 import os
 import signal
 
@@ -27,8 +28,21 @@ def one_thread():
 
 @pytest.fixture(autouse=True, scope="session")
 def own_bench(tmp_path_factory):
-    """Tests neither wait for measurements of other processes, nor leave anchors in the record of this machine."""
+    """Tests neither wait for measurements of other processes, nor leave anchors in the record of this machine.
+
+    Beside each other they never find it quiet, so they do not wait for that either.
+    """
     os.environ["NASPLAT_BENCH_FOLDER"] = str(tmp_path_factory.mktemp("bench"))
+    os.environ["NASPLAT_BENCH_PATIENCE"] = "0.2"
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quick_collection():
+    """A measurement collects garbage first: that is not to look at all modules that are loaded by now."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture(autouse=True, scope="session")

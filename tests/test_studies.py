@@ -38,6 +38,7 @@ def test_runs_in_short(study: str, tmp_path: Path) -> None:
     assert run(study, tmp_path).strip()
 
 
+@pytest.mark.slow
 def test_every_space_is_searched_by_every_kind_of_strategy(tmp_path: Path) -> None:
     rows = run("spaces.py", tmp_path).splitlines()[1:]
     for kind in ("random search", "regularised evolution", "TPE", "DARTS"):

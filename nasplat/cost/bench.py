@@ -41,6 +41,12 @@ FOLDER = "NASPLAT_BENCH_FOLDER"
 Containers of one machine exclude each other only where they have a folder in common.
 """
 
+PATIENCE = "NASPLAT_BENCH_PATIENCE"
+"""Environment variable: seconds that a measurement waits for a quiet machine at most, whatever its schedule says.
+
+For machines that never are: of continuous integration, say, where no number is to be trusted anyway.
+"""
+
 LEGAL = (
     "legal: numbers of processors ('3', or '3,7' for a core of two threads), or '' for none, so that training pauses "
     "while something is measured"
@@ -98,8 +104,9 @@ class Bench:
 
         Raises:
             InvalidInputError: There is no such machine, or ``NASPLAT_BENCH_PROCESSORS`` is not legal or leaves this
-                process none to train on.
+                process none to train on, or ``NASPLAT_BENCH_PATIENCE`` is no number of seconds.
         """
+        patience(0.0)
         for name in machines:
             raise _elsewhere(name)
         owned = {processor for core in owned_cores() for processor in core}
@@ -238,6 +245,27 @@ def _invalid(message: str) -> Exception:
     from nasplat.errors import InvalidInputError  # not above: it would load the package, and torch, for three locks
 
     return InvalidInputError(message)
+
+
+def patience(wished: float) -> float:
+    """Seconds that a measurement waits for a quiet machine.
+
+    Args:
+        wished: By its schedule.
+
+    Raises:
+        InvalidInputError: ``NASPLAT_BENCH_PATIENCE`` is no number of seconds.
+    """
+    given = os.environ.get(PATIENCE, "")
+    if not given:
+        return wished
+    try:
+        most = float(given)
+    except ValueError:
+        most = -1.0
+    if not 0 <= most < math.inf:
+        raise _invalid(f"{PATIENCE} is {given!r}; legal: seconds, from 0 up, or '' for what each schedule says")
+    return min(wished, most)
 
 
 # The processors that the bench owns.

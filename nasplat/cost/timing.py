@@ -22,7 +22,7 @@ from torch import Tensor
 
 from nasplat.checks import is_number, is_whole
 from nasplat.cost.anchor import READ_BYTES, AnchorRecord, anchor_session, read_seconds
-from nasplat.cost.bench import Bench
+from nasplat.cost.bench import Bench, patience
 from nasplat.cost.machine import governor, own_cache_bytes, processor, steady
 from nasplat.errors import InvalidInputError
 from nasplat.identity import canonical, describe
@@ -255,9 +255,9 @@ def _timing(
     medians: list[float] = []
     around: list[tuple[float, float]] = []
     quiet: list[bool] = []
-    begin, patience = time.perf_counter(), max(schedule.patience_s, 3 * wanted * runs * once)
+    begin, enough = time.perf_counter(), max(patience(schedule.patience_s), 3 * wanted * runs * once)
     while sum(quiet) < wanted:
-        waiting = time.perf_counter() - begin < patience
+        waiting = time.perf_counter() - begin < enough
         if not waiting and len(blocks) >= wanted:
             break
         # A look is short, a block may be long: while there is time, blocks begin only when the machine is quiet.

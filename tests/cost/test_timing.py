@@ -20,6 +20,7 @@ from scripted import ANCHOR_S, Machine, Scripted, timed
 from nasplat.cost import Bench
 from nasplat.cost.machine import own_cache_bytes
 from nasplat.cost.timing import Schedule, Timing, TimingJob
+from nasplat.errors import InvalidInputError
 from nasplat.runtimes import TorchEager
 
 SECONDS = (0.00005, 0.001, 0.01, 0.06)
@@ -27,12 +28,11 @@ SECONDS = (0.00005, 0.001, 0.01, 0.06)
 
 
 @pytest.fixture(autouse=True, scope="module")
-def quick_collection():
-    """A measurement collects garbage first; hundreds of them would spend their time on the modules loaded here."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
+def patient():
+    """The clock is scripted: waiting takes no time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("NASPLAT_BENCH_PATIENCE")
+        yield
 
 
 @pytest.fixture
@@ -341,3 +341,19 @@ def test_networks_that_need_the_shared_caches_are_flagged_while_others_use_them(
 
 def test_a_core_has_a_cache_of_its_own():
     assert 1 << 15 <= own_cache_bytes() <= 1 << 28
+
+
+def test_the_environment_bounds_the_patience(bench, monkeypatch):
+    busy = {"quiet_share": 0.0, "factor": (1.7, 1.8)}
+    for seed in range(5):
+        timed(bench, Machine(seed), 0.001)
+    machine = Machine(1, **busy)
+    timed(bench, machine, 0.001, Schedule(patience_s=4.0))
+    assert machine.now > 4
+    monkeypatch.setenv("NASPLAT_BENCH_PATIENCE", "0.5")
+    machine = Machine(1, **busy)
+    assert timed(bench, machine, 0.001, Schedule(patience_s=4.0)).suspect and 0.5 < machine.now < 2
+    for wrong in ("soon", "-1", "inf"):
+        monkeypatch.setenv("NASPLAT_BENCH_PATIENCE", wrong)
+        with pytest.raises(InvalidInputError, match=f"NASPLAT_BENCH_PATIENCE is '{wrong}'; legal: seconds"):
+            bench.check()

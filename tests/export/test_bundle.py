@@ -534,6 +534,7 @@ def test_an_export_is_silent_and_leaves_everything_as_it_was(conv, tmp_path, cap
     assert not recwarn.list
 
 
+@pytest.mark.slow
 def test_the_first_export_of_a_process_is_silent_too(tmp_path):
     code = f"""
 import warnings

@@ -127,6 +127,7 @@ def test_a_worker_that_dies_costs_its_trial_one_retry(folder):
     assert {path.name: path.stat().st_size for path in calls.iterdir()} == {"0": 1, "1": 2, "2": 2, "3": 1}
 
 
+@pytest.mark.slow
 def test_a_hang_past_the_limit_is_killed_and_said(folder):
     calls = folder.with_name("calls")
     calls.mkdir()
@@ -284,6 +285,7 @@ def hard(folder, blobs, options, **changes):
     return study.run(max_trials=len(options), workers=1), calls
 
 
+@pytest.mark.slow
 def test_what_a_measurement_raises_arrives_as_it_was(folder, blobs):
     result, calls = hard(folder, blobs, (4, 3))
     table = result.table()
