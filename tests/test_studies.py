@@ -33,7 +33,14 @@ def test_there_are_studies() -> None:
     assert "demo.py" in STUDIES
 
 
-@pytest.mark.parametrize("study", [name for name in STUDIES if name not in ("demo.py", "spaces.py")])
+@pytest.mark.parametrize(
+    "study",
+    [
+        pytest.param(name, marks=[pytest.mark.slow] * (name == "differentiable.py"))
+        for name in STUDIES
+        if name not in ("demo.py", "spaces.py")
+    ],
+)
 def test_runs_in_short(study: str, tmp_path: Path) -> None:
     assert run(study, tmp_path).strip()
 

@@ -157,6 +157,7 @@ class Breaks(InOrder):
         return super().propose(history, rng)
 
 
+@pytest.mark.slow
 def test_an_error_of_the_strategy_reaches_the_user(folder):
     with pytest.raises(ZeroDivisionError, match="the strategy's own"):
         ladder(folder, strategy=Breaks()).run(max_trials=5, workers=1)
