@@ -52,6 +52,9 @@ MOST = 600
 ROUNDS = 5
 """How often each program is timed, some seconds apart: what disturbs at one time does not at another."""
 
+AT_ONCE = 16
+"""Programs that are timed while the bench is held once: a second's work or less."""
+
 CONTEXTS = 3
 """Programs in which a step is timed: what it takes depends a little on what ran before it."""
 
@@ -340,12 +343,19 @@ class _Packing:
 
 def _time(packing: _Packing, bench: Bench, kept: Readings, turns: int, progress: Progress) -> None:
     """Bring each step of each program to so many readings."""
-    for number, (program, keys) in enumerate(packing.programs):
-        progress(f"steps, round {turns} of {ROUNDS}", number, len(packing.programs))
-        if any(len(kept[_reading(number, key)]) < turns for key in keys):
-            with bench.measuring(1) as processors, steady(1, processors):
-                timed = timed_steps(program)
-            for key, milliseconds in timed.items():
+    wanted = [
+        (number, program)
+        for number, (program, keys) in enumerate(packing.programs)
+        if any(len(kept[_reading(number, key)]) < turns for key in keys)
+    ]
+    for first in range(0, len(wanted), AT_ONCE):
+        progress(
+            f"steps, round {turns} of {ROUNDS}", len(packing.programs) - len(wanted) + first, len(packing.programs)
+        )
+        with bench.measuring(1) as processors, steady(1, processors):
+            timed = [(number, timed_steps(program)) for number, program in wanted[first : first + AT_ONCE]]
+        for number, times in timed:
+            for key, milliseconds in times.items():
                 if len(kept[_reading(number, key)]) < turns:
                     kept.add(_reading(number, key), milliseconds)
 
