@@ -503,6 +503,7 @@ def test_profile_space_of_choices(tmp_path):
     assert load_table(out).error < 1e-6 and not list(tmp_path.glob("*.jsonl"))
 
 
+@pytest.mark.slow
 def test_profile_space_of_steps(tmp_path, monkeypatch):
     monkeypatch.setattr(cli.profile_space, "plugin_of", lambda *given: Blocks())
     quick = Latency("packed", twins=False, schedule=QUICK)

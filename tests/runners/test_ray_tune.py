@@ -108,6 +108,7 @@ def counted(path: Path, name: object) -> int:
     return (path / f"{name}").stat().st_size
 
 
+@pytest.mark.slow
 def test_a_worker_that_dies_costs_its_trial_one_retry(folder):
     calls = folder.with_name("calls")
     calls.mkdir()
