@@ -183,13 +183,28 @@ def compare(first: Sequence[Timing], second: Sequence[Timing]) -> dict[str, Any]
         "off": int((difference > OFF).sum()),
         "silent_outliers": int(((difference > OFF) & clean).sum()),
         "difference_of_means": float(np.mean(a) / np.mean(b) - 1),
+        "quiet_share": _median(first, second, "quiet_share"),
+        "memory_slower": _median(first, second, "memory_slower"),
+        "measurements": [[_record(x), _record(y)] for x, y in zip(first, second, strict=True)],
     }
+
+
+def _median(first: Sequence[Timing], second: Sequence[Timing], fact: str) -> float:
+    """Of a fact, over all measurements."""
+    return float(np.median([timing.facts[fact] for timing in (*first, *second)]))
+
+
+def _record(timing: Timing) -> dict[str, Any]:
+    """What is kept of a measurement."""
+    facts = {name: timing.facts[name] for name in ("file_bytes", "quiet_share", "memory_slower")}
+    return {"ms": timing.median_ms, "suspect": timing.suspect, **facts}
 
 
 def retest(names: Sequence[str], count: int, loads: Sequence[str], bench: Bench) -> dict[str, Any]:
     """The first part; also gives the measured values, which others compare with."""
     found: dict[str, Any] = {}
     heads = ("median diff", "p90", "Spearman", "flagged", "unflagged: diff", "Spearman", "silent >10%", "s each")
+    heads += ("machine quiet", "memory slower")
     _line("space", "beside", "ms", *heads)
     for name in names:
         networks = Networks(name, count)
@@ -200,7 +215,6 @@ def retest(names: Sequence[str], count: int, loads: Sequence[str], bench: Bench)
             row = compare(first, second)
             row["seconds_each"] = float(np.median([*seconds, *more]))
             row["export_seconds_each"] = float(np.median(networks.export_seconds))
-            row["ms"] = [[x.median_ms, y.median_ms] for x, y in zip(first, second, strict=True)]
             found[f"{name}/{kind}"] = row
             _line(
                 name,
@@ -214,6 +228,8 @@ def retest(names: Sequence[str], count: int, loads: Sequence[str], bench: Bench)
                 _number(row["unflagged_spearman"]),
                 str(row["silent_outliers"]),
                 f"{row['seconds_each']:.2f}",
+                f"{row['quiet_share']:.0%}",
+                f"{row['memory_slower']:.0%}",
             )
     return found
 

@@ -255,7 +255,8 @@ def test_two_measurements_are_compared_by_hand(cost: ModuleType) -> None:
     from nasplat.cost.timing import Timing
 
     def timing(ms: float, suspect: str = "") -> Timing:
-        return Timing(((ms,),), (), ((1.0, 1.0),), 1.0, suspect)
+        facts = {"file_bytes": 100, "quiet_share": 0.5, "memory_slower": ms / 10}
+        return Timing(((ms,),), (), ((1.0, 1.0),), 1.0, suspect, facts)
 
     first = [timing(1.0), timing(2.0), timing(3.0), timing(4.0, "disturbed"), timing(6.0)]
     second = [timing(1.01), timing(2.0), timing(3.6), timing(5.0), timing(6.0)]
@@ -264,6 +265,8 @@ def test_two_measurements_are_compared_by_hand(cost: ModuleType) -> None:
     assert row["off"] == 2 and row["silent_outliers"] == 1  # 3 against 3.6; 4 against 5 was flagged
     assert row["median_difference"] == pytest.approx(0.01)  # of 0.01, 0, 0.2, 0.25 and 0
     assert row["spearman"] == pytest.approx(1.0) and (row["least_ms"], row["greatest_ms"]) == (1.0, 6.0)
+    assert row["quiet_share"] == 0.5 and row["memory_slower"] == pytest.approx(0.33)  # of 1, 1.01, 2, 2, 3, 3.6, 4 ...
+    assert [pair[0]["suspect"] for pair in row["measurements"]] == ["", "", "", "disturbed", ""]
 
 
 @pytest.mark.slow
@@ -272,7 +275,7 @@ def test_costs_are_measured_in_all_parts(cost: ModuleType, tmp_path: Path) -> No
     arguments = ["--part", "retest", "proxies", "seconds", "--networks", "3", "--spaces", "sandglass"]
     found = cost.main([*arguments, "--loads", "idle", "study", "--out", str(out)])
     assert set(found["retest"]) == {"sandglass/idle", "sandglass/study"}
-    assert all(ms > 0 for row in found["retest"].values() for pair in row["ms"] for ms in pair)
+    assert all(one["ms"] > 0 for row in found["retest"].values() for pair in row["measurements"] for one in pair)
     assert not {"params", "macs", "ops", "training graph"}.difference(found["proxies"]["sandglass"])
     assert found["seconds"]["sandglass"]["memory_bytes"] > 0
     assert json.loads(out.read_text())["seconds"] == found["seconds"]

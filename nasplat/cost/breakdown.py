@@ -27,7 +27,7 @@ from nasplat.figures import check_picture, save_figure
 from nasplat.packed import PackedProgram
 from nasplat.packed.steps import step_seconds
 from nasplat.runtimes.choose import AUTO, check_runtime, choose
-from nasplat.runtimes.onnx_runtime import OPSET
+from nasplat.runtimes.onnx_runtime import OPSET, input_names
 from nasplat.runtimes.runtime import Runtime
 
 if TYPE_CHECKING:
@@ -250,7 +250,7 @@ def _onnx(model: nn.Module, file: bytes, example: Tensor, threads: int, runs: in
     with tempfile.TemporaryDirectory() as folder:
         prefix = str(Path(folder) / "profile")
         plain, looked_at = _session(file, threads), _session(file, threads, prefix)
-        given = {plain.get_inputs()[0].name: example.numpy()}
+        given = dict.fromkeys(input_names(plain), example.numpy())
         whole = _least(lambda: plain.run(None, given), runs, lambda: looked_at.run(None, given))
         times = _node_times(looked_at)
         own = _profiler_ms(prefix, runs)

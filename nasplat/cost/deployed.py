@@ -73,7 +73,15 @@ def deployed(
         UnsupportedError: The runtime has not what the model needs; the message names it.
     """
     chosen = choose(runtime, model, example)
-    own = copy.deepcopy(model).cpu().eval()
+    own = in_evaluation(model)
     x = example.detach().cpu().repeat(batch, *([1] * (example.ndim - 1)))
     with bench.training(), torch.no_grad():
         return chosen, chosen.export(own, x), x
+
+
+def in_evaluation(model: nn.Module) -> nn.Module:
+    """The model on the CPU and in evaluation mode: itself if it is, for whoever does not change it; else a copy."""
+    tensors = (*model.parameters(), *model.buffers())
+    if not any(module.training for module in model.modules()) and all(tensor.is_cpu for tensor in tensors):
+        return model
+    return copy.deepcopy(model).cpu().eval()

@@ -7,7 +7,7 @@ all its networks are made of them.
 
 from __future__ import annotations
 
-import copy
+import gc
 import math
 import statistics
 from collections import Counter
@@ -27,13 +27,16 @@ from nasplat.architecture import Architecture
 from nasplat.checks import is_whole
 from nasplat.cost.accuracy import Accuracy
 from nasplat.cost.bench import Bench
+from nasplat.cost.deployed import in_evaluation
 from nasplat.cost.machine import steady
 from nasplat.cost.meter import CostMeter
 from nasplat.cost.readings import Progress, Readings, WholeNetworks, silent, subject, table_facts
+from nasplat.cost.step_estimates import StepEstimates
 from nasplat.cost.table import HELD_OUT, CostTable, check_held_out
 from nasplat.cost.table_file import read_table, write_table
 from nasplat.errors import InvalidInputError, UnsupportedError
 from nasplat.packed import PackedProgram, pack
+from nasplat.packed.graph import Program
 from nasplat.packed.steps import step_keys, step_kind, timed_steps
 from nasplat.runtimes import PackedBits
 from nasplat.space import SearchSpace
@@ -43,11 +46,20 @@ VERSION = 1
 FITTED = 24
 """Whole networks that the scales are fitted to."""
 
-PATIENCE = 30
-"""Networks in a row that have no new step, after which all steps of a space are taken to be known."""
+LOOKED_AT = 10
+"""Latest networks whose share of new steps says whether a space's steps are known."""
 
-MOST = 600
+NEW = 0.03
+"""That share below which they are."""
+
+MOST = 300
 """Networks after which a space has too many steps."""
+
+COLLECTED = 4
+"""Networks packed after which memory is collected: tracing leaves each network in a cycle of references."""
+
+ESTIMATED = 0.1
+"""Share of a prediction that may come from steps that were not timed but estimated."""
 
 ROUNDS = 5
 """How often each program is timed, some seconds apart: what disturbs at one time does not at another."""
@@ -82,8 +94,8 @@ class StepTable:
         constant: Milliseconds that every network takes.
         scales: Factor per kind of step.
         accuracy: On networks that neither steps nor scales were fitted to.
-        facts: How it was made: runtime, versions, threads, processor, date, seconds; ``covered`` is the share of new
-            samples that had no unknown step.
+        facts: How it was made: runtime, versions, threads, processor, date, seconds; ``covered`` is the share of the
+            steps of new samples that are among them.
     """
 
     metric: str
@@ -121,8 +133,8 @@ class StepTable:
     ) -> Self:
         """Measure the steps of a space on this machine: ``StepTable.measured(space, x, Latency("packed"))``.
 
-        Architectures are sampled, built and packed until they bring no new step. Each step is then timed in several
-        programs and rounds, and some whole networks are measured.
+        Architectures are sampled, built and packed until they bring hardly any new step. Each step is then timed in
+        several programs and rounds, and some whole networks are measured.
 
         Args:
             space: Of binary networks.
@@ -137,7 +149,7 @@ class StepTable:
             progress: Told of each network that was packed, each round of timing, each network that was measured.
 
         Raises:
-            UnsupportedError: The space's networks cannot be packed, or Numba is not installed.
+            UnsupportedError: The space's networks cannot be packed or bring ever more steps, or Numba is not installed.
             InvalidInputError: No such metric, too few networks, or ``readings`` are those of something else.
         """
         check_held_out(held_out)
@@ -153,7 +165,9 @@ class StepTable:
         packing.explore(rng, progress)
         chosen = [space.sample(rng) for _ in range(fitted)]
         found = [packing.keys(architecture) for architecture in chosen]
-        held, covered = packing.known(rng, held_out)
+        packing.prune()
+        held = [space.sample(rng) for _ in range(held_out)]
+        asked_for = [packing.keys(architecture, keep=False) for architecture in held]
         architectures = [*chosen, *held]
         # Whole networks between the rounds, so that both see the machine at the same times.
         asked = list(range(len(architectures))) * TWICE
@@ -175,21 +189,31 @@ class StepTable:
             tuple(sorted(scales.items())),
             Accuracy.of([1.0, 1.0], [1.0, 1.0]),
         )
-        predicted = [table._sum(packing.keys(architecture)) for architecture in held]
+        predicted = [table._sum(keys) for keys in asked_for]
+        pairs = [(p, cost) for p, cost in zip(predicted, costs[fitted:], strict=True) if p is not None]
+        if len(pairs) < held_out / 2:
+            raise UnsupportedError(
+                f"of {held_out} networks of {space.name} only {len(pairs)} can be predicted from the steps of "
+                f"{packing.tried} others. CostTable.measured adds up choices instead"
+            )
+        every = [key for keys in asked_for for key in keys]
         return replace(
             table,
-            accuracy=Accuracy.of(predicted, costs[fitted:]),
+            accuracy=Accuracy.of(*zip(*pairs, strict=True)),
             facts={
                 **table_facts(kept, example, whole.calls, whole.suspect),
                 "steps": len(steps),
-                "covered": round(covered, 3),
+                "covered": round(sum(key in steps for key in every) / len(every), 4),
             },
         )
 
     # Using one.
 
     def predict(self, architecture: Architecture, model: nn.Module, example: Tensor) -> float | None:
-        """Milliseconds of a built network; None where it has a step that is not in the table.
+        """Milliseconds of a built network; None where too much of it is not in the table.
+
+        A step that is not, is estimated from those of its kind by its sizes, as long as no more than
+        :data:`ESTIMATED` of the sum comes from such steps.
 
         Args:
             architecture: Of the network.
@@ -204,8 +228,7 @@ class StepTable:
         shape = "x".join(map(str, example.shape[1:]))
         if self.facts.get("input", shape) != shape:
             raise InvalidInputError(f"the step table was made for inputs {self.facts['input']}; this one is {shape}")
-        keys = step_keys(_packed(model, example))
-        return None if any(key not in self._times for key in keys) else self._sum(keys)
+        return self._sum(step_keys(_packed(model, example)))
 
     def table(self, space: SearchSpace, example: Tensor, seed: int = 0, progress: Progress = silent) -> CostTable:
         """The additive table nearest to this one: the expected latency of mixtures, for a loss.
@@ -219,18 +242,11 @@ class StepTable:
             seed: Of the architectures.
             progress: Told of each network.
         """
-        greatest: dict[str, float] = {}
-        for key, milliseconds in self.steps:
-            greatest[step_kind(key)] = max(milliseconds, greatest.get(step_kind(key), 0.0))
-        scales, dearest = dict(self.scales), max(greatest.values(), default=0.0)
 
         def cost(architecture: Architecture) -> float:
             with torch.random.fork_rng(devices=[]):
                 keys = step_keys(_packed(space.build(architecture).eval(), example))
-            # A step that was never timed is never the cheapest: it passes for the dearest of its kind.
-            times = [self._times.get(key, greatest.get(step_kind(key), dearest)) for key in keys]
-            factors = [scales.get(step_kind(key), max(scales.values())) for key in keys]
-            return self.constant + sum(factor * time for factor, time in zip(factors, times, strict=True))
+            return self.constant + sum(self._time(key) for key in keys)
 
         if space.identity != self.space:
             raise InvalidInputError(f"a step table of {self.space} has no times for {space.identity}")
@@ -239,11 +255,23 @@ class StepTable:
 
     @cached_property
     def _times(self) -> dict[str, float]:
-        return dict(self.steps)
-
-    def _sum(self, keys: Sequence[str]) -> float:
+        """Milliseconds of each step that was timed, to scale."""
         scales = dict(self.scales)
-        return self.constant + sum(scales[step_kind(key)] * self._times[key] for key in keys)
+        return {key: scales[step_kind(key)] * milliseconds for key, milliseconds in self.steps}
+
+    @cached_property
+    def _estimates(self) -> StepEstimates:
+        return StepEstimates(self._times)
+
+    def _time(self, key: str) -> float:
+        """Milliseconds of a step, timed or estimated."""
+        return self._times[key] if key in self._times else self._estimates(key)
+
+    def _sum(self, keys: Sequence[str]) -> float | None:
+        """Milliseconds of a network; None where too much of it would be estimated."""
+        total = self.constant + sum(map(self._time, keys))
+        estimated = sum(self._time(key) for key in keys if key not in self._times)
+        return total if estimated <= ESTIMATED * total else None
 
     # Files.
 
@@ -270,108 +298,102 @@ class StepTable:
 
 def _packed(model: nn.Module, example: Tensor) -> PackedProgram:
     with torch.no_grad():
-        return pack(copy.deepcopy(model).cpu().eval(), example[:1].cpu())
+        return pack(in_evaluation(model), example[:1].cpu())
 
 
 class _Packing:
     """Packs networks of a space, and keeps some programs for each step that it came across.
 
     Attributes:
-        programs: Those that are to be timed, with the keys of their steps.
+        programs: Those that are to be timed and the keys of their steps, by architecture.
+        tried: Networks that were sampled.
     """
 
     def __init__(self, space: SearchSpace, example: Tensor, bench: Bench) -> None:
-        self.programs: list[tuple[PackedProgram, frozenset[str]]] = []
+        self.programs: dict[str, tuple[Program, frozenset[str]]] = {}
+        self.tried = 0
         self._space, self._example, self._bench = space, example, bench
         self._known: Counter[str] = Counter()  # in how many of the programs
         self._keys: dict[str, tuple[str, ...]] = {}
 
     def keys(self, architecture: Architecture, keep: bool = True) -> tuple[str, ...]:
         """Keys of a network's steps; if it may be kept, it is where one of them is in too few programs."""
-        had = self._keys.get(architecture.id)
-        if had is not None:
-            return had
+        if architecture.id in self._keys:
+            return self._keys[architecture.id]
         with self._bench.training(), torch.random.fork_rng(devices=[]):
             program = _packed(self._space.build(architecture).eval(), self._example)
             keys = step_keys(program)
         if keep and any(self._known[key] < CONTEXTS for key in keys):
-            self.programs.append((program, frozenset(keys)))
+            # Without what runs it, which takes as much memory again.
+            self.programs[architecture.id] = program.program, frozenset(keys)
             self._known.update(frozenset(keys))
-        if keep or set(keys) <= self._known.keys():
-            self._keys[architecture.id] = keys
+        self._keys[architecture.id] = keys
+        if len(self._keys) % COLLECTED == 0:
+            gc.collect()
         return keys
 
     def explore(self, rng: np.random.Generator, progress: Progress) -> None:
-        """Sample until networks bring no new step.
+        """Sample until networks bring hardly any new step.
 
         Raises:
             UnsupportedError: There are too many steps.
         """
-        tried = since = 0
-        while since < PATIENCE:
-            progress("programs", tried, None)
-            if tried >= MOST:
+        new: list[float] = []
+        while len(new) < LOOKED_AT or statistics.fmean(new[-LOOKED_AT:]) > NEW:
+            progress("programs", self.tried, None)
+            if self.tried >= MOST:
                 raise UnsupportedError(
-                    f"{tried} networks of {self._space.name} had {len(self._known)} different steps, and there are "
-                    "still new ones: too many to time each. CostTable.measured adds up choices instead"
+                    f"{self.tried} networks of {self._space.name} had {len(self._known)} different steps, and there "
+                    "are still many new ones: too many to time each. CostTable.measured adds up choices instead"
                 )
-            before = len(self._known)
-            self.keys(self._space.sample(rng))
-            since = 0 if len(self._known) > before else since + 1
-            tried += 1
+            before = set(self._known)
+            keys = self.keys(self._space.sample(rng))
+            new.append(sum(key not in before for key in keys) / len(keys))
+            self.tried += 1
 
-    def known(self, rng: np.random.Generator, count: int) -> tuple[list[Architecture], float]:
-        """Other samples that have no unknown step, and which share of the samples they were.
-
-        Raises:
-            UnsupportedError: Most have one.
-        """
-        found: list[Architecture] = []
-        tried = 0
-        while len(found) < count:
-            if tried >= 4 * count:
-                raise UnsupportedError(
-                    f"of {tried} networks of {self._space.name} only {len(found)} had no unknown step; {count} are "
-                    "needed to judge a step table on. CostTable.measured adds up choices instead"
-                )
-            architecture = self._space.sample(rng)
-            tried += 1
-            if set(self.keys(architecture, keep=False)) <= self._known.keys():
-                found.append(architecture)
-        return found, len(found) / tried
+    def prune(self) -> None:
+        """Let programs go whose steps are all in enough others."""
+        for name, (_, keys) in list(self.programs.items()):
+            if all(self._known[key] > CONTEXTS for key in keys):
+                del self.programs[name]
+                self._known.subtract(keys)
 
 
 def _time(packing: _Packing, bench: Bench, kept: Readings, turns: int, progress: Progress) -> None:
     """Bring each step of each program to so many readings."""
     wanted = [
-        (number, program)
-        for number, (program, keys) in enumerate(packing.programs)
-        if any(len(kept[_reading(number, key)]) < turns for key in keys)
+        (name, program)
+        for name, (program, keys) in packing.programs.items()
+        if any(len(kept[_reading(name, key)]) < turns for key in keys)
     ]
+    done = len(packing.programs) - len(wanted)
     for first in range(0, len(wanted), AT_ONCE):
-        progress(
-            f"steps, round {turns} of {ROUNDS}", len(packing.programs) - len(wanted) + first, len(packing.programs)
-        )
+        progress(f"steps, round {turns} of {ROUNDS}", done + first, len(packing.programs))
+        ready = []
+        for name, program in wanted[first : first + AT_ONCE]:
+            with bench.training():
+                ready.append((name, PackedProgram(program)))
+                ready[-1][1].engine  # noqa: B018  laid out now, not while the bench is held
         with bench.measuring(1) as processors, steady(1, processors):
-            timed = [(number, timed_steps(program)) for number, program in wanted[first : first + AT_ONCE]]
-        for number, times in timed:
+            timed = [(name, timed_steps(program)) for name, program in ready]
+        for name, times in timed:
             for key, milliseconds in times.items():
-                if len(kept[_reading(number, key)]) < turns:
-                    kept.add(_reading(number, key), milliseconds)
+                if len(kept[_reading(name, key)]) < turns:
+                    kept.add(_reading(name, key), milliseconds)
 
 
 def _step_times(kept: Readings, packing: _Packing) -> dict[str, float]:
     """Milliseconds of each step: the least of the rounds in a program, and the median of the programs."""
     found: dict[str, list[float]] = {}
-    for number, (_, keys) in enumerate(packing.programs):
+    for name, (_, keys) in packing.programs.items():
         for key in keys:
-            found.setdefault(key, []).append(min(kept[_reading(number, key)]))
+            found.setdefault(key, []).append(min(kept[_reading(name, key)]))
     return {key: statistics.median(values) for key, values in found.items()}
 
 
-def _reading(number: int, key: str) -> str:
-    """Name of the readings of a step in a program."""
-    return f"program {number}: {key}"
+def _reading(name: str, key: str) -> str:
+    """Name of the readings of a step in the program of an architecture."""
+    return f"program {name}: {key}"
 
 
 def _fit(

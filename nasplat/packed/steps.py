@@ -35,6 +35,12 @@ def step_kind(key: str) -> str:
     return " ".join(part for part in parts[:2] if "=" not in part)
 
 
+def step_sizes(key: str) -> dict[str, int]:
+    """The numbers in a key by their names: ``{"channels": 8, "height": 14}``. What a step comes with counts as 1."""
+    parts = [part.partition("=") for part in key.split(" ") if "=" in part]
+    return {(name if name != "with" else value): (int(value) if name != "with" else 1) for name, _, value in parts}
+
+
 def step_seconds(program: PackedProgram, x: NDArray[np.float32], passes: int) -> NDArray[np.float64]:
     """Seconds of each step, shape ``(passes, steps)``: run one after the other as always, on one thread.
 

@@ -94,11 +94,26 @@ def _exported(model: nn.Module, example: Tensor) -> bytes:
     return data
 
 
+def input_names(session: Any) -> list[str]:
+    """The name of a network's input: none where what it gives does not depend on it, as without any way through a cell.
+
+    Args:
+        session: An ``onnxruntime.InferenceSession``.
+
+    Raises:
+        ValueError: There are several.
+    """
+    names = [one.name for one in session.get_inputs()]
+    if len(names) > 1:
+        raise ValueError(f"it has the inputs {', '.join(names)}; legal: one")
+    return names
+
+
 class OnnxSession(Session):
     """A session of ONNX Runtime with its input and output in place, so that a run is nothing but a run.
 
     Args:
-        file: A serialised model with one input and one output.
+        file: A serialised model with one input, or none where its output is constant, and one output.
         example: Input.
         threads: Threads that compute.
 
@@ -116,15 +131,16 @@ class OnnxSession(Session):
         x = np.ascontiguousarray(example.detach().numpy())
         try:
             self._session: Any = onnxruntime.InferenceSession(file, options, providers=[PROVIDER])
-            (given,), (made,) = self._session.get_inputs(), self._session.get_outputs()
-            (first,) = self._session.run([made.name], {given.name: x})
+            given, (made,) = input_names(self._session), self._session.get_outputs()
+            (first,) = self._session.run([made.name], dict.fromkeys(given, x))
         except Exception as error:  # its errors have no class of their own
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise UnsupportedError(f"ONNX Runtime {onnxruntime.__version__} cannot run the file: {reason}") from error
         self._input = onnxruntime.OrtValue.ortvalue_from_numpy(x)
         self._output = onnxruntime.OrtValue.ortvalue_from_numpy(np.empty_like(first))
         self._binding = self._session.io_binding()
-        self._binding.bind_ortvalue_input(given.name, self._input)
+        for name in given:
+            self._binding.bind_ortvalue_input(name, self._input)
         self._binding.bind_ortvalue_output(made.name, self._output)
 
     def run(self) -> None:

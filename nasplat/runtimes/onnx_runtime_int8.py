@@ -107,6 +107,8 @@ def quantised(file: bytes, example: Tensor) -> bytes:
             prepared, target = Path(folder) / "prepared.onnx", Path(folder) / "target.onnx"
             # Folds scales and normalisations into convolutions where they follow one.
             quant_pre_process(onnx.load_from_string(file), prepared, skip_symbolic_shape=True)
+            if not onnx.load(prepared).graph.input:
+                raise ValueError("its output does not depend on its input, so there is nothing to quantise")
             quantize_static(
                 onnx.load(prepared),
                 target,

@@ -25,6 +25,7 @@ from nasplat.cost import (
 )
 from nasplat.cost import predicted as predicted_module
 from nasplat.cost.readings import Readings
+from nasplat.cost.step_estimates import StepEstimates
 from nasplat.cost.timing import Schedule
 from nasplat.errors import InvalidInputError, NasplatWarning, UnsupportedError
 from nasplat.identity import describe, restore
@@ -301,7 +302,7 @@ def test_the_additive_table_of_a_step_table(steps):
         steps.table(Blocks(widths=(4, 16)), X)
 
 
-def test_unknown_steps_are_not_guessed(steps):
+def test_a_network_of_unknown_steps_is_not_predicted(steps):
     architecture = next(iter(Blocks().enumerate()))
     other = BlocksNetwork(width=16, kernel=3, twice=False).eval()
     assert steps.predict(architecture, other, X) is None
@@ -309,6 +310,34 @@ def test_unknown_steps_are_not_guessed(steps):
         steps.predict(architecture, other, torch.zeros(1, 1, 16, 16))
     with pytest.raises(InvalidInputError, match="has no times for"):
         steps.predict(next(iter(Blocks(widths=(4, 16)).enumerate())), other, X)
+
+
+def test_an_unknown_step_is_estimated_if_it_is_a_small_part(steps):
+    architecture = next(one for one in Blocks().enumerate() if list(one.genes.values()) == [8, 3, True])
+    model = Blocks().build(architecture).eval()
+    keys = step_keys(pack(model, X))
+    small, large = (next(key for key in keys if key.startswith(kind)) for kind in ("PACK lookup", "CONV lookup"))
+
+    def without(key):
+        return replace(steps, steps=tuple(pair for pair in steps.steps if pair[0] != key))
+
+    assert 0.02 < cost_of(small) / work(model) < 0.1 < cost_of(large) / work(model)
+    given = without(small).predict(architecture, model, X)
+    assert given == pytest.approx(work(model), rel=0.03) and given != steps.predict(architecture, model, X)
+    assert without(large).predict(architecture, model, X) is None
+
+
+def test_a_step_is_estimated_from_those_of_its_kind_by_its_sizes():
+    def key(channels, size):
+        return f"CONV lookup channels={channels} height={size} width={size} with=pick"
+
+    times = {key(c, s): 1e-6 * c * s**2 for c in (8, 16, 32, 64) for s in (4, 8, 16)}
+    estimates = StepEstimates({**times, "POOL height=4": 3e-6, "POOL height=8": 0.0})
+    assert estimates(key(24, 8)) == pytest.approx(1e-6 * 24 * 64, rel=0.1)
+    assert estimates(key(48, 12)) == pytest.approx(1e-6 * 48 * 144, rel=0.1)
+    assert estimates(key(10**6, 10**6)) == 2 * max(times.values())  # no further than that
+    assert estimates("CONV popcount channels=8") == max(times.values())  # of a kind that was never timed
+    assert 0 < estimates("POOL height=6") < 1e-5
 
 
 def test_step_tables_come_back_equal(steps, tmp_path):

@@ -869,13 +869,21 @@ def test_a_trace_gives_values_that_stay(program: Program) -> None:
     assert all(np.array_equal(one, other) for one, other in zip(kept, copies, strict=True))
 
 
+def traced_then_fenced(
+    engine: Compiled, x: NDArray[np.float32], monkeypatch: pytest.MonkeyPatch
+) -> tuple[dict[str, NDArray[Any]], Fences]:
+    """The values of a run by name; memory that is taken from then on lies between fences."""
+    wanted = {step.name: value for step, value in engine.trace({INPUT: x[0]}) if value is not None}
+    fences = Fences()
+    monkeypatch.setattr(compiled, "_aligned", fences)
+    return wanted, fences
+
+
 def test_rows_run_again_and_again_with_one_result(program: Program, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is measured is what a run computes, however often it is repeated."""
     engine = Compiled(program)
     x = images(np.random.default_rng(8), program.input_shape, 1)
-    wanted = {step.name: value for step, value in engine.trace({INPUT: x[0]}) if value is not None}
-    fences = Fences()
-    monkeypatch.setattr(compiled, "_aligned", fences)
+    wanted, fences = traced_then_fenced(engine, x, monkeypatch)
     steps = []
     for step, call in engine.rows(x):
         call(3)
@@ -891,9 +899,7 @@ def test_rows_run_again_and_again_with_one_result(program: Program, monkeypatch:
 def test_what_is_timed_is_what_a_run_computes(program: Program, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = Compiled(program)
     x = images(np.random.default_rng(9), program.input_shape, 1)
-    wanted = {step.name: value for step, value in engine.trace({INPUT: x[0]}) if value is not None}
-    fences = Fences()
-    monkeypatch.setattr(compiled, "_aligned", fences)
+    wanted, fences = traced_then_fenced(engine, x, monkeypatch)
     seconds = engine.timed(x, 3)
     assert seconds.shape == (3, len(engine.steps)) and (seconds >= 0).all() and seconds.sum() > 0
     ((memory, begin, _),) = fences.all

@@ -10,6 +10,7 @@ from torch import nn
 
 import nasplat.runtimes.onnx_runtime as exporters
 from nasplat import SearchSpace
+from nasplat.cost.breakdown import breakdown
 from nasplat.errors import UnsupportedError
 from nasplat.export.compare import compare
 from nasplat.nn.binary import set_binarisation
@@ -62,6 +63,20 @@ def test_traced_file_computes_the_network_for_any_values(space: SearchSpace, bat
         found.append(session.output())
         expected.append(model(x))
     assert compare(torch.cat(found), torch.cat(expected)).verdict in ("equal", "close")
+
+
+def test_a_network_without_a_way_from_input_to_output_runs() -> None:
+    """NAS-Bench-201 has some: every way through a cell is cut. The optimised file then has no input any more."""
+    space = NasBench201()
+    x = torch.randn(1, 3, 16, 16)
+    model = space.build(space.architecture(dict.fromkeys(space.choices, "none"))).eval()
+    file = OnnxRuntime().export(model, x)
+    session = OnnxRuntime().load(file, x, 1)
+    session.run()
+    torch.testing.assert_close(session.output(), model(x))
+    assert breakdown(model, x, "onnxruntime").ms > 0
+    with pytest.raises(UnsupportedError, match="does not depend on its input, so there is nothing to quantise"):
+        OnnxRuntimeInt8().export(model, x)
 
 
 @pytest.mark.parametrize("batch", [1, 5])
