@@ -58,7 +58,7 @@ MOST = 300
 COLLECTED = 4
 """Networks packed after which memory is collected: tracing leaves each network in a cycle of references."""
 
-ESTIMATED = 0.1
+ESTIMATED = 0.5
 """Share of a prediction that may come from steps that were not timed but estimated."""
 
 ROUNDS = 5
@@ -94,8 +94,8 @@ class StepTable:
         constant: Milliseconds that every network takes.
         scales: Factor per kind of step.
         accuracy: On networks that neither steps nor scales were fitted to.
-        facts: How it was made: runtime, versions, threads, processor, date, seconds; ``covered`` is the share of the
-            steps of new samples that are among them.
+        facts: How it was made: runtime, versions, threads, processor, date, seconds; ``covered`` is the share of new
+            samples' time that is of steps among them.
     """
 
     metric: str
@@ -196,14 +196,15 @@ class StepTable:
                 f"of {held_out} networks of {space.name} only {len(pairs)} can be predicted from the steps of "
                 f"{packing.tried} others. CostTable.measured adds up choices instead"
             )
-        every = [key for keys in asked_for for key in keys]
+        every = [(key, table._time(key)) for keys in asked_for for key in keys]
+        covered = sum(time for key, time in every if key in steps) / sum(time for _, time in every)
         return replace(
             table,
             accuracy=Accuracy.of(*zip(*pairs, strict=True)),
             facts={
                 **table_facts(kept, example, whole.calls, whole.suspect),
                 "steps": len(steps),
-                "covered": round(sum(key in steps for key in every) / len(every), 4),
+                "covered": round(covered, 4),
             },
         )
 
