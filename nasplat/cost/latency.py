@@ -21,6 +21,9 @@ from nasplat.runtimes.choose import AUTO
 TWINS: Mapping[str, str] = {"fp32": "onnxruntime", "int8": "onnxruntime_int8"}
 """What a binary network is compared with, and on which runtime: the same network with real weights and activations."""
 
+TWIN_PATIENCE = 0.2
+"""Share of the schedule's patience that is spent on each twin."""
+
 PARTS = (
     "mad", "p95", "samples", "block", "block_sd", "suspect", "slow", "disturbed", "anchor", "predicted", "checked",
     "fp32", "int8", "fp32_suspect", "int8_suspect", "speedup_fp32", "speedup_int8", "not_faster",
@@ -97,7 +100,9 @@ class Latency:
         if self.twins and runtime.name == "packed" and is_binary(model):
             real = copy.deepcopy(model)
             set_binarisation(real, weights=False, activations=False)
-            brief = replace(self.schedule, blocks=max(1, self.schedule.blocks // 2))  # a comparison, no objective
+            # A comparison, no objective: less of it, and little waiting for the machine to be quiet.
+            blocks, patience_s = max(1, self.schedule.blocks // 2), TWIN_PATIENCE * self.schedule.patience_s
+            brief = replace(self.schedule, blocks=blocks, patience_s=patience_s)
             for twin, where in TWINS.items():
                 try:
                     other, _ = self._time(where, real, example, bench, brief)
