@@ -43,6 +43,7 @@ def draw(found: Breakdown, most: int) -> Figure:
     places = range(len(bars))
     longest = max((part.ms for part in found.parts), default=found.ms)
     low, high = 1.1 * min(0.0, max(found.rest_ms, -longest / 4)), 1.15 * longest
+    inside = 0.92 * high  # the label of a longer bar lies on it
     axes.barh(places, [ms for _, ms, _ in bars], color=[shade for _, _, shade in bars], height=0.8)
     axes.set_xlim(low, high)
     axes.set_yticks(places, [_short(name) for name, _, _ in bars], fontsize=7)
@@ -51,8 +52,8 @@ def draw(found: Breakdown, most: int) -> Figure:
         axes.annotate(
             # A bar longer than the picture is wide goes to its edge.
             f"{ms / found.ms:.1%}" + (" →" if ms > high else " ←" if ms < low else ""),
-            (min(max(ms, 0.0), 0.92 * high), place), xytext=(3, 0), textcoords="offset points", va="center",
-            fontsize=6, color="white" if ms > high else "#333333",
+            (min(max(ms, 0.0), inside), place), xytext=(3, 0), textcoords="offset points", va="center",
+            fontsize=6, color="white" if ms > inside else "#333333",
         )  # fmt: skip
     axes.axvline(0, color="#333333", linewidth=0.6)
     axes.set_xlabel("ms")
