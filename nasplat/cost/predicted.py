@@ -58,7 +58,7 @@ class Predicted:
     ``latency_ms_prediction_error``, ``predicted / measured - 1``, and all that the meter gives. The facts of each
     network say which of the two its ``latency_ms`` is.
 
-    A network is measured where the table's recorded error is above ``tolerance``, where the table lacks a part of it,
+    A network is measured where the table's recorded error is above ``tolerance``, where the table lacks too much of it,
     and where it is among those that are ``checked``. :func:`prediction_quality` sums the checks of a study up.
 
     Attributes:
